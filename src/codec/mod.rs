@@ -1,0 +1,152 @@
+//! What a page looks like when stored: same-filled, compressed, or raw. Knows nothing of segments.
+
+mod lz4;
+
+use crate::config::CodecChoice;
+use crate::page::PAGE_BYTES;
+use zstd_safe::{CCtx, CParameter, DCtx};
+
+/// Payload is the bytes themselves.
+pub const RAW: u8 = 0;
+/// Payload is an lz4 block.
+pub const LZ4: u8 = 1;
+/// Payload is a zstd frame.
+pub const ZSTD: u8 = 2;
+/// Payload is an 8-byte pattern that fills the page.
+pub const FILL: u8 = 3;
+
+/// Bytes by which compressing a page must shorten it to be worth the decompression.
+const LEAST_GAIN: usize = 256;
+
+/// Longest payload that counts as compressed.
+pub(crate) fn most_payload(plain: usize) -> usize {
+    plain - LEAST_GAIN
+}
+
+/// The 8-byte pattern that fills the page, if one does.
+pub(crate) fn same_filled(page: &[u8]) -> Option<u64> {
+    let word = |i: usize| u64::from_le_bytes(page[i * 8..i * 8 + 8].try_into().expect("8 bytes"));
+    let first = word(0);
+    if word(PAGE_BYTES / 8 - 1) != first || word(PAGE_BYTES / 16) != first {
+        return None;
+    }
+    // A page equals itself shifted by 8 bytes exactly if one pattern fills it: one memcmp.
+    (page[8..] == page[..PAGE_BYTES - 8]).then_some(first)
+}
+
+/// Fills a page with a pattern.
+pub(crate) fn fill(pattern: u64, page: &mut [u8]) {
+    page.chunks_exact_mut(8).for_each(|w| w.copy_from_slice(&pattern.to_le_bytes()));
+}
+
+enum Compressor {
+    Lz4(lz4::Lz4),
+    /// One context for single pages and one for groups: a context that meets both sizes would
+    /// resize its memory now and then.
+    Zstd { page: CCtx<'static>, group: CCtx<'static> },
+}
+
+/// Compression and decompression with all the memory they need, owned by one thread.
+pub(crate) struct Codec {
+    compressor: Compressor,
+    /// Only where zstd is in use: it is a hundred KiB.
+    dctx: Option<DCtx<'static>>,
+}
+
+impl Codec {
+    pub fn new(choice: CodecChoice) -> Codec {
+        let zstd = |level| {
+            let mut c = CCtx::create();
+            for p in [
+                CParameter::CompressionLevel(level),
+                CParameter::ContentSizeFlag(false),
+                CParameter::ChecksumFlag(false),
+                CParameter::DictIdFlag(false),
+            ] {
+                c.set_parameter(p).expect("zstd accepts a level that the configuration accepts");
+            }
+            c
+        };
+        let compressor = match choice {
+            CodecChoice::Lz4 => Compressor::Lz4(lz4::Lz4::new()),
+            CodecChoice::Zstd(level) => Compressor::Zstd { page: zstd(level), group: zstd(level) },
+        };
+        let dctx = matches!(choice, CodecChoice::Zstd(_)).then(DCtx::create);
+        let mut codec = Codec { compressor, dctx };
+        codec.warm_up();
+        codec
+    }
+
+    /// Makes zstd allocate its memory now, so that no request does.
+    fn warm_up(&mut self) {
+        let src: Vec<u8> = (0..16 * PAGE_BYTES).map(|i| (i * i / 64) as u8).collect();
+        let mut packed = vec![0; src.len()];
+        let mut plain = vec![0; src.len()];
+        for len in [PAGE_BYTES, 16 * PAGE_BYTES] {
+            if let Some((codec, n)) = self.compress(&src[..len], &mut packed) {
+                assert!(self.decompress(codec, &packed[..n], &mut plain[..len]), "what was compressed decompresses");
+            }
+        }
+    }
+
+    /// Codec and length of the payload, or None if it does not fit `dst`.
+    pub fn compress(&mut self, src: &[u8], dst: &mut [u8]) -> Option<(u8, usize)> {
+        match &mut self.compressor {
+            Compressor::Lz4(c) => c.compress(src, dst).map(|n| (LZ4, n)),
+            Compressor::Zstd { page, group } => {
+                let c = if src.len() == PAGE_BYTES { page } else { group };
+                c.compress2(dst, src).ok().map(|n| (ZSTD, n))
+            }
+        }
+    }
+
+    /// True if the payload decodes to exactly `dst.len()` bytes.
+    pub fn decompress(&mut self, codec: u8, payload: &[u8], dst: &mut [u8]) -> bool {
+        match codec {
+            RAW if payload.len() == dst.len() => dst.copy_from_slice(payload),
+            LZ4 => return lz4::decompress(payload, dst),
+            ZSTD => return self.dctx.as_mut().is_some_and(|d| d.decompress(dst, payload) == Ok(dst.len())),
+            FILL => match payload.try_into() {
+                Ok(pattern) => fill(u64::from_le_bytes(pattern), dst),
+                Err(_) => return false,
+            },
+            _ => return false,
+        }
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn same_filled_pages_are_found_and_others_are_not() {
+        let mut page = vec![0u8; PAGE_BYTES];
+        for pattern in [0, 1, u64::MAX, 0x0102_0304_0506_0708] {
+            fill(pattern, &mut page);
+            assert_eq!(same_filled(&page), Some(pattern));
+            for at in [0, 7, 8, 2047, 2048, 4087, 4095] {
+                page[at] ^= 0x80;
+                assert_eq!(same_filled(&page), None, "{at}");
+                page[at] ^= 0x80;
+            }
+        }
+    }
+
+    #[test]
+    fn every_codec_round_trips_and_refuses_damage() {
+        for choice in [CodecChoice::Lz4, CodecChoice::Zstd(1), CodecChoice::Zstd(-1), CodecChoice::Zstd(9)] {
+            let mut c = Codec::new(choice);
+            let src: Vec<u8> = (0..4 * PAGE_BYTES).map(|i| (i / 7 * 13) as u8).collect();
+            for len in [PAGE_BYTES, 4 * PAGE_BYTES] {
+                let (mut packed, mut plain) = (vec![0; len], vec![0; len]);
+                let (codec, n) = c.compress(&src[..len], &mut packed).unwrap();
+                assert!(c.decompress(codec, &packed[..n], &mut plain));
+                assert_eq!(plain, &src[..len]);
+                assert!(!c.decompress(codec, &packed[..n / 2], &mut plain));
+                assert!(!c.decompress(RAW, &packed[..n], &mut plain));
+            }
+        }
+    }
+}

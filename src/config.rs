@@ -1,0 +1,284 @@
+//! What a user can choose, and the checks that turn it into what the store accepts.
+//! Flags, keys and fields have the same names.
+
+use crate::error::{Error, Result};
+use crate::page::PAGE_BYTES;
+use std::fmt;
+use std::str::FromStr;
+
+/// Parses a size such as `512`, `64K`, `1.5G` or `16T` (powers of 1024; an `iB` or `B` may follow).
+pub fn parse_size(text: &str) -> std::result::Result<u64, String> {
+    let bad = || format!("'{text}' is not a size: give a number with an optional K, M, G, T, as in 16T");
+    let t = text.trim();
+    let t = t.strip_suffix("iB").or_else(|| t.strip_suffix('B')).unwrap_or(t);
+    let (digits, shift) = match t.chars().last().map(|c| c.to_ascii_uppercase()) {
+        Some('K') => (&t[..t.len() - 1], 10),
+        Some('M') => (&t[..t.len() - 1], 20),
+        Some('G') => (&t[..t.len() - 1], 30),
+        Some('T') => (&t[..t.len() - 1], 40),
+        Some('P') => (&t[..t.len() - 1], 50),
+        _ => (t, 0),
+    };
+    if let Ok(whole) = digits.parse::<u64>() {
+        return whole.checked_mul(1 << shift).ok_or_else(|| format!("'{text}' is too large a size"));
+    }
+    let number: f64 = digits.parse().map_err(|_| bad())?;
+    if !number.is_finite() || number < 0.0 || digits.contains(['e', 'E']) {
+        return Err(bad());
+    }
+    let bytes = number * (1u64 << shift) as f64;
+    if bytes >= u64::MAX as f64 {
+        return Err(format!("'{text}' is too large a size"));
+    }
+    Ok(bytes as u64)
+}
+
+/// Writes a size the way people read it: `16.0 TiB`, `12.5 MiB`, `512 B`.
+pub fn format_size(bytes: u64) -> String {
+    const UNITS: [&str; 6] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 {
+        format!("{bytes} B")
+    } else {
+        format!("{value:.1} {}", UNITS[unit])
+    }
+}
+
+/// How much memory a tier may hold, everything counted: segments, reserve, metadata.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Limit {
+    /// Bytes.
+    Bytes(u64),
+    /// Percent of the machine's memory, 1 to 95.
+    Percent(u8),
+}
+
+impl Limit {
+    /// The limit in bytes on a machine with `ram_bytes` of memory.
+    pub fn resolve(self, ram_bytes: u64) -> u64 {
+        match self {
+            Limit::Bytes(b) => b,
+            Limit::Percent(p) => ram_bytes / 100 * u64::from(p),
+        }
+    }
+}
+
+impl FromStr for Limit {
+    type Err = String;
+    fn from_str(s: &str) -> std::result::Result<Self, String> {
+        if let Some(p) = s.strip_suffix('%') {
+            return match p.parse::<u8>() {
+                Ok(n) if (1..=95).contains(&n) => Ok(Limit::Percent(n)),
+                _ => Err(format!("limit={s}: a percentage goes from 1% to 95%")),
+            };
+        }
+        parse_size(s).map(Limit::Bytes)
+    }
+}
+
+/// What compresses the pages of a tier.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CodecChoice {
+    /// lz4: fast.
+    Lz4,
+    /// zstd at a level from -7 to 19: dense.
+    Zstd(i32),
+}
+
+impl FromStr for CodecChoice {
+    type Err = String;
+    fn from_str(s: &str) -> std::result::Result<Self, String> {
+        match s.split_once(':') {
+            None if s == "lz4" => Ok(CodecChoice::Lz4),
+            None if s == "zstd" => Ok(CodecChoice::Zstd(1)),
+            Some(("zstd", level)) => match level.parse::<i32>() {
+                Ok(n) if (-7..=19).contains(&n) && n != 0 => Ok(CodecChoice::Zstd(n)),
+                _ => Err(format!("codec={s}: zstd levels go from -7 to 19, without 0")),
+            },
+            _ => Err(format!("codec={s}: known codecs are lz4 and zstd[:LEVEL]")),
+        }
+    }
+}
+
+impl fmt::Display for CodecChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            CodecChoice::Lz4 => write!(f, "lz4"),
+            CodecChoice::Zstd(level) => write!(f, "zstd:{level}"),
+        }
+    }
+}
+
+/// One `--tier`: `ram[,limit=SIZE|PERCENT%][,codec=lz4|zstd[:LEVEL]][,group=SIZE]`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TierConfig {
+    /// Memory the tier may hold. Default: half of the machine's.
+    pub limit: Limit,
+    /// Compression. Default: lz4.
+    pub codec: CodecChoice,
+    /// Contiguous bytes compressed together, 4K to 64K. Default 4K: every page alone.
+    pub group: u32,
+}
+
+impl Default for TierConfig {
+    fn default() -> Self {
+        TierConfig { limit: Limit::Percent(50), codec: CodecChoice::Lz4, group: PAGE_BYTES as u32 }
+    }
+}
+
+impl FromStr for TierConfig {
+    type Err = String;
+    fn from_str(s: &str) -> std::result::Result<Self, String> {
+        let mut parts = s.split(',');
+        match parts.next() {
+            Some("ram") => {}
+            other => return Err(format!("unknown tier '{}': known kinds are: ram", other.unwrap_or(""))),
+        }
+        let mut tier = TierConfig::default();
+        for part in parts {
+            let Some((key, value)) = part.split_once('=') else {
+                return Err(format!("tier option '{part}' wants a value, as in limit=4G"));
+            };
+            match key {
+                "limit" => tier.limit = value.parse()?,
+                "codec" => tier.codec = value.parse()?,
+                "group" => tier.group = parse_group(value)?,
+                _ => return Err(format!("unknown tier option '{key}': known are limit, codec, group")),
+            }
+        }
+        if let Limit::Bytes(b) = tier.limit {
+            if b < MIN_LIMIT_BYTES {
+                return Err(format!("limit={b} is too small: at least 4M"));
+            }
+        }
+        Ok(tier)
+    }
+}
+
+fn parse_group(value: &str) -> std::result::Result<u32, String> {
+    match parse_size(value)? {
+        b @ (0x1000 | 0x2000 | 0x4000 | 0x8000 | 0x10000) => Ok(b as u32),
+        _ => Err(format!("group={value}: one of 4K, 8K, 16K, 32K, 64K")),
+    }
+}
+
+impl fmt::Display for TierConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ram,limit=")?;
+        match self.limit {
+            Limit::Bytes(b) => write!(f, "{b}")?,
+            Limit::Percent(p) => write!(f, "{p}%")?,
+        }
+        write!(f, ",codec={},group={}", self.codec, self.group)
+    }
+}
+
+/// Smallest memory limit: a few segments for writers, two for the cleaner, the map's nodes.
+pub const MIN_LIMIT_BYTES: u64 = 4 << 20;
+
+/// Everything a store is opened with.
+#[derive(Clone, Debug)]
+pub struct StoreConfig {
+    /// Tiers, hottest first. Empty: one memory tier with its defaults.
+    pub tiers: Vec<TierConfig>,
+    /// Most lanes open at once. Default 16.
+    pub max_lanes: usize,
+    /// Called with the thread's name at the start of each background thread, before it does
+    /// anything: a front end makes it an IO_FLUSHER there.
+    pub thread_start: Option<fn(&str)>,
+    /// Takes the arena from hugetlbfs pages that the administrator has set aside; they are not
+    /// given back while the store lives.
+    pub hugetlb: bool,
+    /// Bytes of a segment, a power of two from 64K to 1M. Default: by the limit.
+    pub segment_bytes: Option<u32>,
+}
+
+impl Default for StoreConfig {
+    fn default() -> Self {
+        StoreConfig { tiers: Vec::new(), max_lanes: 16, thread_start: None, hugetlb: false, segment_bytes: None }
+    }
+}
+
+/// The checked form of [`StoreConfig`]: what the store is built from.
+#[derive(Clone, Debug)]
+pub(crate) struct Checked {
+    pub limit_bytes: u64,
+    pub codec: CodecChoice,
+    pub group_pages: usize,
+    pub max_lanes: usize,
+    pub segment_bytes: u32,
+    pub hugetlb: bool,
+    pub thread_start: Option<fn(&str)>,
+}
+
+impl StoreConfig {
+    pub(crate) fn validate(&self, ram_bytes: u64) -> Result<Checked> {
+        let bad = |why: String| Err(Error::InvalidConfig(why));
+        let tier = match self.tiers.as_slice() {
+            [] => TierConfig::default(),
+            [one] => one.clone(),
+            _ => return bad("only one tier is supported: give --tier once".into()),
+        };
+        let limit_bytes = tier.limit.resolve(ram_bytes);
+        if limit_bytes < MIN_LIMIT_BYTES {
+            return bad(format!("the tier's limit of {limit_bytes} bytes is too small: at least 4M"));
+        }
+        if limit_bytes > ram_bytes {
+            return bad(format!(
+                "the tier's limit of {} is more than the machine's memory of {}",
+                format_size(limit_bytes),
+                format_size(ram_bytes)
+            ));
+        }
+        if self.max_lanes == 0 || self.max_lanes > 1024 {
+            return bad(format!("max_lanes={}: from 1 to 1024", self.max_lanes));
+        }
+        let by_limit = (limit_bytes / 256).next_power_of_two().clamp(64 << 10, 1 << 20) as u32;
+        let segment_bytes = self.segment_bytes.unwrap_or(by_limit);
+        if !segment_bytes.is_power_of_two() || !(64 << 10..=1 << 20).contains(&segment_bytes) {
+            return bad(format!("segment_bytes={segment_bytes}: a power of two from 64K to 1M"));
+        }
+        Ok(Checked {
+            limit_bytes,
+            codec: tier.codec,
+            group_pages: tier.group as usize / PAGE_BYTES,
+            max_lanes: self.max_lanes,
+            segment_bytes,
+            hugetlb: self.hugetlb,
+            thread_start: self.thread_start,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes() {
+        assert_eq!(parse_size("16T"), Ok(1 << 44));
+        assert_eq!(parse_size("64KiB"), Ok(65536));
+        assert_eq!(parse_size("1.5G"), Ok(3 << 29));
+        assert_eq!(parse_size("0"), Ok(0));
+        for bad in ["", "G", "x", "-1", "1e9", "99999999P", "nan"] {
+            assert!(parse_size(bad).is_err(), "{bad}");
+        }
+        assert_eq!(format_size(1 << 44), "16.0 TiB");
+    }
+
+    #[test]
+    fn tiers() {
+        let t: TierConfig = "ram,limit=25%,codec=zstd:3,group=64K".parse().unwrap();
+        assert_eq!((t.limit, t.codec, t.group), (Limit::Percent(25), CodecChoice::Zstd(3), 65536));
+        assert_eq!(t.to_string().parse::<TierConfig>().unwrap(), t);
+        for bad in ["", "disk", "ram,limit=0%", "ram,limit=1K", "ram,codec=gzip", "ram,codec=zstd:99", "ram,x=1", "ram,limit"] {
+            let e = bad.parse::<TierConfig>().unwrap_err();
+            assert!(!e.contains('\n'), "{e}");
+        }
+    }
+}

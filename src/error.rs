@@ -1,0 +1,93 @@
+//! The library's one error type. Only a front end maps it to an errno or a protocol code.
+
+use std::fmt;
+
+/// Result of the library's calls.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What can go wrong.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Error {
+    /// The limits of all tiers are reached and cleaning gave no room within the time allowed.
+    NoSpace,
+    /// The range does not lie within the volume, in bytes.
+    OutOfRange {
+        /// First byte asked for.
+        offset: u64,
+        /// Bytes asked for.
+        len: u64,
+        /// Size of the volume.
+        volume_bytes: u64,
+    },
+    /// Offset or length is not a multiple of 512.
+    Unaligned {
+        /// First byte asked for.
+        offset: u64,
+        /// Bytes asked for.
+        len: u64,
+    },
+    /// The page was acknowledged but its content can no longer be had.
+    Lost {
+        /// Number of the page within its volume.
+        page: u32,
+    },
+    /// A record does not decode: the arena's content is damaged.
+    Corrupt {
+        /// Number of the page within its volume.
+        page: u32,
+        /// Logical segment of the record.
+        segment: u32,
+        /// Byte offset of the record in its segment.
+        offset: u32,
+    },
+    /// A configuration that cannot be served; says what and why.
+    InvalidConfig(String),
+    /// All lanes or volumes that the store was opened for are taken.
+    TooMany {
+        /// What there are too many of.
+        what: &'static str,
+        /// How many the store was opened for.
+        max: usize,
+    },
+    /// The operating system refused.
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// Its answer.
+        source: std::io::Error,
+    },
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::NoSpace => write!(f, "no space: the limits of all tiers are reached; raise limit= or add a tier"),
+            Error::OutOfRange { offset, len, volume_bytes } => {
+                write!(f, "range {offset}+{len} is outside the volume of {volume_bytes} bytes")
+            }
+            Error::Unaligned { offset, len } => write!(f, "range {offset}+{len} is not a multiple of 512 bytes"),
+            Error::Lost { page } => write!(f, "page {page} is lost"),
+            Error::Corrupt { page, segment, offset } => {
+                write!(f, "page {page}: its record at segment {segment} offset {offset} does not decode")
+            }
+            Error::InvalidConfig(why) => write!(f, "{why}"),
+            Error::TooMany { what, max } => write!(f, "all {max} {what} are in use"),
+            Error::System { what, source } => write!(f, "{what}: {source}"),
+        }
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Error::System { source, .. } => Some(source),
+            _ => None,
+        }
+    }
+}
+
+/// The last error of the operating system, with what was tried.
+pub(crate) fn system(what: &'static str) -> Error {
+    Error::System { what, source: std::io::Error::last_os_error() }
+}

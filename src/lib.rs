@@ -1,0 +1,32 @@
+//! ghostswap: a log-structured, compressed store for swap, seen as huge sparse volumes.
+//!
+//! A page's way down: [`Lane::try_write`] takes a run of pages; a page that one pattern fills
+//! becomes a slot word and nothing else; any other is compressed straight into the tail of the
+//! lane's open segment (`store/append.rs`), and one atomic exchange of its slot word commits it
+//! (`store/lane.rs`, `commit`). The old word tells what died. And back: the slot names segment and
+//! offset, the segment table says where the segment is, the record is decompressed into the
+//! caller's buffer. Neither takes a lock, allocates, or waits.
+//!
+//! Behind them the growth thread keeps memory ready (`store/grow.rs`) and the cleaner makes room
+//! (`store/clean.rs`). docs/ARCHITECTURE.md tells the rest.
+
+mod arena;
+mod codec;
+pub mod config;
+mod error;
+mod log;
+mod map;
+mod page;
+mod stats;
+mod store;
+mod volume;
+
+pub use config::{StoreConfig, TierConfig};
+pub use error::{Error, Result};
+pub use page::{MAX_VOLUMES, MAX_VOLUME_BYTES, PAGE_BYTES};
+pub use stats::Stats;
+pub use store::{Lane, Store};
+pub use volume::Volume;
+
+/// Bytes of a record's header for a page stored alone.
+pub const RECORD_HEADER_BYTES: usize = log::record::SINGLE_HEADER;

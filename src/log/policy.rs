@@ -1,0 +1,121 @@
+//! Pure choices: which segment to clean, whether to clean at all, how large the reserve is to be.
+//! No clock, no memory, no side effect, so that each can be simulated.
+
+/// What the cleaner knows of a sealed segment.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Candidate {
+    pub live: u32,
+    /// Segments sealed since this one was: its age.
+    pub age: u64,
+}
+
+/// Share of a segment that must be dead for cleaning to pay at all.
+const LEAST_GAIN: f64 = 0.02;
+/// Dead share of all sealed bytes above which the cleaner works although nobody waits for room.
+const DEAD_SHARE: f64 = 0.08;
+
+/// Worth of cleaning a segment, by cost-benefit (Rosenblum and Ousterhout, "The Design and
+/// Implementation of a Log-Structured File System", section 3.5): room gained times age, over the
+/// cost of reading it and writing its live part. None: nothing to gain.
+pub(crate) fn worth(c: &Candidate, capacity: u32) -> Option<f64> {
+    let live = f64::from(c.live) / f64::from(capacity);
+    if 1.0 - live < LEAST_GAIN {
+        return None;
+    }
+    // Age counts by its square root: under uniform overwrite plain age picks old full segments
+    // over young half-empty ones and cleaning costs rise.
+    Some((1.0 - live) / (1.0 + live) * ((c.age + 1) as f64).sqrt())
+}
+
+/// How hard the cleaner is to work.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Cleaning {
+    /// Nothing to do.
+    Rest,
+    /// Dead bytes are a waste of memory: take the best.
+    Tidy,
+    /// Writers wait or soon will: take any gain.
+    Urgent,
+}
+
+/// Chooses how hard to clean.
+pub(crate) fn cleaning(frames_ready: u32, frames_growable: u32, reserve: u32, sealed_bytes: u64, live_bytes: u64) -> Cleaning {
+    let dead = sealed_bytes.saturating_sub(live_bytes);
+    // At the limit every ready frame counts; before it, growth is to fill the reserve.
+    if frames_growable == 0 && frames_ready < reserve.max(4) {
+        return Cleaning::Urgent;
+    }
+    if dead as f64 > DEAD_SHARE * sealed_bytes as f64 {
+        return Cleaning::Tidy;
+    }
+    Cleaning::Rest
+}
+
+/// What the growth thread knows.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Demand {
+    pub ram_bytes: u64,
+    pub free_bytes: u64,
+    pub limit_bytes: u64,
+    pub segment_bytes: u64,
+    /// Frames taken by writers and the cleaner within the last second or so.
+    pub frames_per_second: u64,
+}
+
+/// Frames to hold ready. Small while the host has memory to spare, since a frame is had at once
+/// then; before the host runs short, enough for the bursts in which the kernel swaps out while
+/// growth waits for memory; more as the swap-out rate asks.
+pub(crate) fn reserve_frames(d: &Demand) -> u32 {
+    let idle = (d.ram_bytes / 512).clamp(1 << 20, 8 << 20);
+    let burst = (d.ram_bytes / 24).clamp(8 << 20, 256 << 20);
+    let short = d.free_bytes < d.ram_bytes / 4;
+    let base = if short || d.frames_per_second > 0 { burst } else { idle };
+    let by_rate = (d.frames_per_second * d.segment_bytes / 2).min(d.ram_bytes / 12);
+    let bytes = base.max(by_rate).min(d.limit_bytes / 8);
+    (bytes.div_ceil(d.segment_bytes) as u32).max(4)
+}
+
+/// Free frames to give back to the host. Hysteresis: it begins at half as much again as the
+/// reserve, so that what the next burst needs is not given back, and ends at the reserve.
+pub(crate) fn surplus_frames(reserve: u32, frames_ready: u32, giving_back: bool) -> u32 {
+    let begin = if giving_back { reserve } else { reserve + reserve / 2 + 1 };
+    if frames_ready > begin {
+        frames_ready - reserve
+    } else {
+        0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn full_segments_are_left_alone_and_emptier_or_older_ones_preferred() {
+        let at = |live, age| worth(&Candidate { live, age }, 1000);
+        assert!(at(990, 9).is_none());
+        assert!(at(100, 5) > at(900, 5));
+        assert!(at(500, 50) > at(500, 5));
+    }
+
+    #[test]
+    fn reserve_grows_before_the_host_runs_short() {
+        let mut d = Demand { ram_bytes: 1 << 30, free_bytes: 800 << 20, limit_bytes: 512 << 20, segment_bytes: 1 << 20, frames_per_second: 0 };
+        let idle = reserve_frames(&d);
+        d.free_bytes = 100 << 20;
+        let short = reserve_frames(&d);
+        d.frames_per_second = 500;
+        assert!(idle < short && short < reserve_frames(&d));
+        assert_eq!(surplus_frames(10, 10, true), 0);
+        assert_eq!(surplus_frames(10, 14, false), 0);
+        assert_eq!(surplus_frames(10, 14, true), 4);
+        assert_eq!(surplus_frames(10, 20, false), 10);
+    }
+
+    #[test]
+    fn cleans_when_writers_wait_or_much_is_dead() {
+        assert_eq!(cleaning(1, 0, 8, 100, 100), Cleaning::Urgent);
+        assert_eq!(cleaning(8, 5, 8, 1000, 800), Cleaning::Tidy);
+        assert_eq!(cleaning(8, 5, 8, 1000, 950), Cleaning::Rest);
+    }
+}

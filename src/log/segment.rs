@@ -1,0 +1,175 @@
+//! Segments: runs of records. The table in the arena says of each where it lives and how much of
+//! it is live; a lane or the cleaner appends to the open ones it owns.
+//!
+//! ```text
+//! entry word 0   7..0 state · 15..8 tier (0 memory) · 63..32 frame
+//!            1   31..0 live bytes · 63..32 bytes used
+//!            2   sequence number at sealing: the age
+//!            3   zero
+//! ```
+//! States: free → open → sealed → retired → free, and sealed ↔ cleaning. Live bytes are added
+//! before the slot that names them is committed and taken off after the slot that named them was
+//! exchanged, so they never fall short of the truth. Whoever brings a sealed segment to zero
+//! retires it; the exchange of the state word makes sure that this happens once.
+
+use crate::arena::Arena;
+use crate::log::record::Header;
+use crate::page::{FrameNo, SegmentId};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+const STATE: u64 = 0xff;
+const FREE: u64 = 0;
+const OPEN: u64 = 1;
+const SEALED: u64 = 2;
+const CLEANING: u64 = 3;
+const RETIRED: u64 = 4;
+const USED_SHIFT: u32 = 32;
+
+/// The segment table, with what is counted over all of it.
+pub(crate) struct Segments {
+    sequence: AtomicU64,
+    /// Retired segments wait here for their grace period: a bit each.
+    retired: Box<[AtomicU64]>,
+    retired_any: AtomicU64,
+}
+
+/// An open segment, owned by one lane or the cleaner.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Open {
+    pub segment: SegmentId,
+    pub frame: FrameNo,
+    pub used: usize,
+}
+
+impl Segments {
+    pub fn new(max_segments: u32) -> Segments {
+        Segments {
+            sequence: AtomicU64::new(1),
+            retired: (0..max_segments.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
+            retired_any: AtomicU64::new(0),
+        }
+    }
+
+    pub fn open(&self, arena: &Arena, keep: u32) -> Option<Open> {
+        let (segment, frame) = arena.take_segment(keep)?;
+        let e = arena.segment_entry(segment);
+        debug_assert_eq!(e[0].load(Ordering::Relaxed) & STATE, FREE);
+        e[1].store(0, Ordering::Relaxed);
+        e[0].store(OPEN | u64::from(frame.0) << 32, Ordering::Release);
+        Some(Open { segment, frame, used: 0 })
+    }
+
+    /// Where a segment lives.
+    pub fn frame(&self, arena: &Arena, s: SegmentId) -> FrameNo {
+        FrameNo((arena.segment_entry(s)[0].load(Ordering::Acquire) >> 32) as u32)
+    }
+
+    /// Counts bytes that a slot is about to name.
+    pub fn add_live(&self, arena: &Arena, s: SegmentId, bytes: u32) {
+        arena.segment_entry(s)[1].fetch_add(u64::from(bytes), Ordering::Relaxed);
+    }
+
+    /// Counts bytes that no slot names any more. True: a segment was retired by it.
+    pub fn take_live(&self, arena: &Arena, s: SegmentId, bytes: u32) -> bool {
+        let before = arena.segment_entry(s)[1].fetch_sub(u64::from(bytes), Ordering::AcqRel);
+        let live = before as u32;
+        assert!(live >= bytes, "segment {} has {live} live bytes, {bytes} died", s.0);
+        live == bytes && self.retire_if_dead(arena, s)
+    }
+
+    pub fn seal(&self, arena: &Arena, open: Open) -> bool {
+        let e = arena.segment_entry(open.segment);
+        e[2].store(self.sequence.fetch_add(1, Ordering::Relaxed), Ordering::Relaxed);
+        e[1].fetch_add((open.used as u64) << USED_SHIFT, Ordering::AcqRel);
+        e[0].store(SEALED | u64::from(open.frame.0) << 32, Ordering::SeqCst);
+        self.retire_if_dead(arena, open.segment)
+    }
+
+    fn retire_if_dead(&self, arena: &Arena, s: SegmentId) -> bool {
+        let e = arena.segment_entry(s);
+        let state = e[0].load(Ordering::SeqCst);
+        if state & STATE != SEALED || e[1].load(Ordering::SeqCst) as u32 != 0 {
+            return false;
+        }
+        let retired = state & !STATE | RETIRED;
+        if e[0].compare_exchange(state, retired, Ordering::SeqCst, Ordering::Relaxed).is_err() {
+            return false;
+        }
+        self.retired[s.0 as usize / 64].fetch_or(1 << (s.0 % 64), Ordering::Release);
+        self.retired_any.fetch_add(1, Ordering::Release);
+        true
+    }
+
+    /// Claims a sealed segment for cleaning.
+    pub fn begin_cleaning(&self, arena: &Arena, s: SegmentId) -> Option<Open> {
+        let e = arena.segment_entry(s);
+        let state = e[0].load(Ordering::Acquire);
+        if state & STATE != SEALED {
+            return None;
+        }
+        e[0].compare_exchange(state, state & !STATE | CLEANING, Ordering::SeqCst, Ordering::Relaxed).ok()?;
+        let used = (e[1].load(Ordering::Acquire) >> USED_SHIFT) as usize;
+        Some(Open { segment: s, frame: FrameNo((state >> 32) as u32), used })
+    }
+
+    /// Ends cleaning: retired if nothing is live in it now, else sealed as before (and retired by
+    /// whoever takes the last live bytes).
+    pub fn end_cleaning(&self, arena: &Arena, s: SegmentId) {
+        let e = arena.segment_entry(s);
+        let state = e[0].load(Ordering::Relaxed);
+        e[0].store(state & !STATE | SEALED, Ordering::SeqCst);
+        self.retire_if_dead(arena, s);
+    }
+
+    pub fn any_retired(&self) -> bool {
+        self.retired_any.load(Ordering::Acquire) != 0
+    }
+
+    /// Retired segments of one group of 64, taken off the list. They may be released after a
+    /// grace period that begins after this call.
+    pub fn take_retired(&self, group: usize) -> u64 {
+        let bits = self.retired[group].swap(0, Ordering::AcqRel);
+        self.retired_any.fetch_sub(u64::from(bits.count_ones()), Ordering::AcqRel);
+        bits
+    }
+
+    pub fn retired_groups(&self) -> usize {
+        self.retired.len()
+    }
+
+    /// Frees a retired segment after its grace period.
+    pub fn release(&self, arena: &Arena, s: SegmentId) {
+        let e = arena.segment_entry(s);
+        let state = e[0].load(Ordering::Relaxed);
+        debug_assert_eq!(state & STATE, RETIRED);
+        e[0].store(FREE, Ordering::Relaxed);
+        arena.put_segment(s, FrameNo((state >> 32) as u32));
+    }
+
+    /// Live and used bytes of a segment and its age, if it is sealed.
+    pub fn sealed(&self, arena: &Arena, s: SegmentId) -> Option<(u32, u32, u64)> {
+        let e = arena.segment_entry(s);
+        if e[0].load(Ordering::Acquire) & STATE != SEALED {
+            return None;
+        }
+        let counts = e[1].load(Ordering::Relaxed);
+        let age = self.sequence.load(Ordering::Relaxed).saturating_sub(e[2].load(Ordering::Relaxed));
+        Some((counts as u32, (counts >> USED_SHIFT) as u32, age))
+    }
+
+    /// Live bytes of a segment in any state but free.
+    pub fn live(&self, arena: &Arena, s: SegmentId) -> u32 {
+        let e = arena.segment_entry(s);
+        match e[0].load(Ordering::Acquire) & STATE {
+            FREE | RETIRED => 0,
+            _ => e[1].load(Ordering::Relaxed) as u32,
+        }
+    }
+
+    /// The record at an offset of a segment that the caller may read.
+    pub fn record<'a>(&self, arena: &'a Arena, frame: FrameNo, offset: usize) -> Option<(Header, &'a [u8])> {
+        let bytes = arena.record_bytes(frame, offset, arena.segment_bytes() - offset);
+        let header = Header::read(bytes)?;
+        Some((header, &bytes[..header.total()]))
+    }
+}

@@ -1,0 +1,211 @@
+//! The map: an XArray-like radix tree of slot words for each volume, in metadata pages of the
+//! arena, made on demand and given back when empty.
+//!
+//! ```text
+//! root 8192 links (2 GiB of address space each)
+//!   └ node 1024 links (2 MiB each): 0 none · 30..0 number of the child · bit 31 frozen
+//!       └ leaf 512 slots: a cluster
+//! ```
+//! Look-ups take no lock. A leaf leaves the tree only after every slot of it was *frozen*: an
+//! exchange never replaces a frozen slot, so no commit can be lost in a leaf that is being taken
+//! out; who meets one looks up again. Who froze slot 0 owns the freezing. Nodes are frozen in the
+//! same way once all their links are 0. Readers take a frozen slot for an empty one: a leaf is
+//! frozen only where all of it is empty or is just being discarded.
+//!
+//! A node that was taken out is zeroed and reused after a grace period; until then it hangs in the
+//! retired list through the payload of its first frozen word.
+
+mod slot;
+
+pub(crate) use slot::{Kind, Slot, Stored};
+
+use crate::arena::{Arena, ROOT_ENTRIES};
+use crate::page::{MetaNo, PageNo, VolumeId, CLUSTER_PAGES};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+const NODE_ENTRIES: usize = 1024;
+/// Clusters in the largest volume.
+pub(crate) const MAX_CLUSTERS: usize = ROOT_ENTRIES * NODE_ENTRIES;
+const FROZEN: u32 = 1 << 31;
+
+/// Nodes taken out of the maps, waiting for their grace period, and how many are in use.
+pub(crate) struct Map {
+    retired: AtomicU32,
+    /// Metadata pages that are nodes or leaves now.
+    pub nodes: AtomicU64,
+}
+
+/// A look-up for writing found no free metadata page.
+#[derive(Debug)]
+pub(crate) struct OutOfMeta;
+
+impl Map {
+    pub fn new() -> Map {
+        Map { retired: AtomicU32::new(0), nodes: AtomicU64::new(0) }
+    }
+
+    /// The leaf of a cluster, if there is one. Within an epoch.
+    pub fn leaf<'a>(&self, arena: &'a Arena, v: VolumeId, cluster: usize) -> Option<&'a [AtomicU64]> {
+        let node = child(&arena.root(v)[cluster / NODE_ENTRIES])?;
+        let leaf = child(&arena.node(node)[cluster % NODE_ENTRIES])?;
+        Some(arena.leaf(leaf))
+    }
+
+    /// The leaf of a cluster, made if missing. Within an epoch.
+    pub fn leaf_for_write<'a>(&self, arena: &'a Arena, v: VolumeId, cluster: usize) -> Result<&'a [AtomicU64], OutOfMeta> {
+        loop {
+            let Some(node) = self.child_or_new(arena, &arena.root(v)[cluster / NODE_ENTRIES])? else { continue };
+            let Some(leaf) = self.child_or_new(arena, &arena.node(node)[cluster % NODE_ENTRIES])? else { continue };
+            return Ok(arena.leaf(leaf));
+        }
+    }
+
+    /// None: the node that holds the link is being taken out; look up again.
+    fn child_or_new(&self, arena: &Arena, link: &AtomicU32) -> Result<Option<MetaNo>, OutOfMeta> {
+        let now = link.load(Ordering::Acquire);
+        if now & FROZEN != 0 {
+            std::thread::yield_now();
+            return Ok(None);
+        }
+        if now != 0 {
+            return Ok(Some(MetaNo(now)));
+        }
+        let new = arena.take_meta().ok_or(OutOfMeta)?;
+        match link.compare_exchange(0, new.0, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) => {
+                self.nodes.fetch_add(1, Ordering::Relaxed);
+                Ok(Some(new))
+            }
+            Err(_) => {
+                arena.put_meta(new);
+                Ok(None)
+            }
+        }
+    }
+
+    /// First page of the next 2 GiB that has a node, from `cluster` on: how a discard of 16T
+    /// passes over what was never written.
+    pub fn next_present(&self, arena: &Arena, v: VolumeId, cluster: usize) -> Option<usize> {
+        let mut at = cluster;
+        while at < MAX_CLUSTERS {
+            match child(&arena.root(v)[at / NODE_ENTRIES]) {
+                None => at = (at / NODE_ENTRIES + 1) * NODE_ENTRIES,
+                Some(node) => {
+                    let links = &arena.node(node)[at % NODE_ENTRIES..];
+                    if let Some(n) = links.iter().position(|l| child(l).is_some()) {
+                        return Some(at + n);
+                    }
+                    at = (at / NODE_ENTRIES + 1) * NODE_ENTRIES;
+                }
+            }
+        }
+        None
+    }
+
+    /// Empties a whole cluster and takes its leaf out; `died` hears of every word replaced.
+    pub fn discard_cluster(&self, arena: &Arena, v: VolumeId, cluster: usize, mut died: impl FnMut(Slot)) {
+        let leaf = loop {
+            let Some(leaf) = self.leaf(arena, v, cluster) else { return };
+            let word = Slot(leaf[0].load(Ordering::Acquire));
+            if word.is_frozen() {
+                // Another thread owns the freezing; it may yet set the leaf free again.
+                std::thread::yield_now();
+            } else if swap_if(&leaf[0], word, Slot::frozen(0)) {
+                died(word);
+                break leaf;
+            }
+        };
+        for slot in &leaf[1..] {
+            died(Slot(slot.swap(Slot::frozen(0).0, Ordering::AcqRel)));
+        }
+        self.unlink(arena, v, cluster);
+    }
+
+    /// Takes the leaf of a cluster out if all of it is empty.
+    pub fn drop_if_empty(&self, arena: &Arena, v: VolumeId, cluster: usize) {
+        let Some(leaf) = self.leaf(arena, v, cluster) else { return };
+        if leaf.iter().any(|s| s.load(Ordering::Relaxed) != Slot::EMPTY.0) {
+            return;
+        }
+        for (i, slot) in leaf.iter().enumerate() {
+            if !swap_if(slot, Slot::EMPTY, Slot::frozen(0)) {
+                // Slot 0 is set free last, so that the freezing stays ours until we are done.
+                leaf[..i].iter().rev().for_each(|s| s.store(Slot::EMPTY.0, Ordering::Release));
+                return;
+            }
+        }
+        self.unlink(arena, v, cluster);
+    }
+
+    /// The leaf is all frozen by us: unlink it, and its node if that is empty now.
+    fn unlink(&self, arena: &Arena, v: VolumeId, cluster: usize) {
+        let root = &arena.root(v)[cluster / NODE_ENTRIES];
+        let Some(node) = child(root) else { unreachable!("a node with a leaf in it stays linked") };
+        let links = arena.node(node);
+        let leaf = MetaNo(links[cluster % NODE_ENTRIES].swap(0, Ordering::AcqRel));
+        self.retire(leaf, |next| arena.leaf(leaf)[0].store(Slot::frozen(next).0, Ordering::Release));
+        if links.iter().any(|l| l.load(Ordering::Relaxed) != 0) {
+            return;
+        }
+        for (i, link) in links.iter().enumerate() {
+            if link.compare_exchange(0, FROZEN, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+                links[..i].iter().rev().for_each(|l| l.store(0, Ordering::Release));
+                return;
+            }
+        }
+        root.store(0, Ordering::Release);
+        self.retire(node, |next| links[0].store(FROZEN | next, Ordering::Release));
+    }
+
+    fn retire(&self, m: MetaNo, link: impl Fn(u32)) {
+        self.nodes.fetch_sub(1, Ordering::Relaxed);
+        let mut head = self.retired.load(Ordering::Relaxed);
+        loop {
+            link(head);
+            match self.retired.compare_exchange_weak(head, m.0, Ordering::AcqRel, Ordering::Relaxed) {
+                Ok(_) => return,
+                Err(now) => head = now,
+            }
+        }
+    }
+
+    pub fn any_retired(&self) -> bool {
+        self.retired.load(Ordering::Relaxed) != 0
+    }
+
+    /// Takes the whole list of retired nodes; release it after a grace period.
+    pub fn take_retired(&self) -> u32 {
+        self.retired.swap(0, Ordering::AcqRel)
+    }
+
+    /// Zeroes and frees a list of retired nodes, after their grace period.
+    pub fn release(&self, arena: &Arena, mut head: u32) {
+        while head != 0 {
+            let m = MetaNo(head);
+            // A leaf and a node are told apart by their first word: bit 31 of a frozen slot is 0.
+            let first = arena.node(m)[0].load(Ordering::Acquire);
+            head = if first & FROZEN != 0 { first & !FROZEN } else { Slot(arena.leaf(m)[0].load(Ordering::Acquire)).frozen_next() };
+            arena.leaf(m).iter().for_each(|w| w.store(0, Ordering::Relaxed));
+            arena.put_meta(m);
+        }
+    }
+}
+
+fn child(link: &AtomicU32) -> Option<MetaNo> {
+    match link.load(Ordering::Acquire) {
+        0 => None,
+        n if n & FROZEN != 0 => None,
+        n => Some(MetaNo(n)),
+    }
+}
+
+/// The commit: one exchange of the slot word.
+pub(crate) fn swap_if(slot: &AtomicU64, old: Slot, new: Slot) -> bool {
+    slot.compare_exchange(old.0, new.0, Ordering::AcqRel, Ordering::Acquire).is_ok()
+}
+
+/// Loads the word of a page: empty if its cluster has no leaf.
+pub(crate) fn load(map: &Map, arena: &Arena, v: VolumeId, p: PageNo) -> Slot {
+    debug_assert_eq!(CLUSTER_PAGES, 512);
+    map.leaf(arena, v, p.cluster()).map_or(Slot::EMPTY, |leaf| Slot(leaf[p.slot()].load(Ordering::Acquire)))
+}

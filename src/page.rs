@@ -1,0 +1,44 @@
+//! The units of the store and the distinct types that name them, so that mixing a page number
+//! with a segment or an offset does not compile.
+
+/// Bytes of a page: what the kernel swaps and what a slot describes.
+pub const PAGE_BYTES: usize = 4096;
+/// Bytes of a sector, the granularity of requests.
+pub const SECTOR_BYTES: u64 = 512;
+/// Pages of a cluster: 2 MiB of address space behind one leaf of the map.
+pub const CLUSTER_PAGES: usize = 512;
+/// Largest volume: page numbers are 32 bits wide, in the map and in the records.
+pub const MAX_VOLUME_BYTES: u64 = 1 << 44;
+/// Volumes to a store.
+pub const MAX_VOLUMES: usize = 64;
+
+/// Number of a page within its volume.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct PageNo(pub u32);
+
+impl PageNo {
+    /// Number of the cluster that holds the page.
+    pub fn cluster(self) -> usize {
+        self.0 as usize / CLUSTER_PAGES
+    }
+    /// Index of the page's slot within its cluster.
+    pub fn slot(self) -> usize {
+        self.0 as usize % CLUSTER_PAGES
+    }
+}
+
+/// A volume within its store.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct VolumeId(pub u8);
+
+/// A logical segment: what slots name. The segment table says where it lives.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct SegmentId(pub u32);
+
+/// A frame of the arena: where the bytes of a segment in memory are.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct FrameNo(pub u32);
+
+/// A 4 KiB page of metadata in the arena: a node of the map. Never 0.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct MetaNo(pub u32);

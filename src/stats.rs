@@ -1,0 +1,73 @@
+//! What is stored and what it costs: the physical truth.
+
+use crate::config::format_size;
+use serde::Serialize;
+use std::fmt;
+
+/// A snapshot of a store. Sizes are bytes.
+#[derive(Clone, Debug, Serialize)]
+#[allow(missing_docs, reason = "each field is explained where it is not plain")]
+pub struct Stats {
+    pub volumes: u64,
+    /// Sum of the volumes' sizes: a label.
+    pub virtual_bytes: u64,
+    /// Pages whose content is in records.
+    pub stored_pages: u64,
+    /// Pages filled with a pattern other than zero, kept in the slot.
+    pub filled_pages: u64,
+    pub zero_pages: u64,
+    /// Bytes of records that are live, headers included.
+    pub live_bytes: u64,
+    pub segments_used: u64,
+    pub segment_bytes: u64,
+    /// Free frames held ready.
+    pub reserve_bytes: u64,
+    /// Memory held: segments, reserve, metadata pages.
+    pub held_bytes: u64,
+    pub limit_bytes: u64,
+    /// Nodes and leaves of the maps.
+    pub map_bytes: u64,
+    pub table_bytes: u64,
+    pub read_pages: u64,
+    pub written_pages: u64,
+    /// Writes refused for want of room.
+    pub refused_writes: u64,
+    pub cleaned_segments: u64,
+}
+
+impl Stats {
+    /// Metadata bytes for each stored page: slots and inner nodes, record headers, segment table.
+    pub fn metadata_per_page(&self) -> f64 {
+        if self.stored_pages == 0 {
+            return 0.0;
+        }
+        let headers = self.stored_pages as f64 * crate::RECORD_HEADER_BYTES as f64;
+        (self.map_bytes as f64 + self.table_bytes as f64 + headers) / self.stored_pages as f64
+    }
+}
+
+impl fmt::Display for Stats {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let plain = self.stored_pages * 4096;
+        let ratio = if self.live_bytes == 0 { 0.0 } else { plain as f64 / self.live_bytes as f64 };
+        writeln!(f, "pages     {} compressed or raw, {} same-filled, {} zero", self.stored_pages, self.filled_pages, self.zero_pages)?;
+        writeln!(f, "stored    {} of data in {} ({ratio:.2} to 1)", format_size(plain), format_size(self.live_bytes))?;
+        writeln!(
+            f,
+            "memory    {} held of {} allowed: {} segments of {}, reserve {}, map {}",
+            format_size(self.held_bytes),
+            format_size(self.limit_bytes),
+            self.segments_used,
+            format_size(self.segment_bytes),
+            format_size(self.reserve_bytes),
+            format_size(self.map_bytes)
+        )?;
+        writeln!(f, "metadata  {:.1} bytes per stored page", self.metadata_per_page())?;
+        writeln!(
+            f,
+            "traffic   {} pages read, {} written, {} writes refused, {} segments cleaned",
+            self.read_pages, self.written_pages, self.refused_writes, self.cleaned_segments
+        )?;
+        write!(f, "virtual   {} in {} volume(s)", format_size(self.virtual_bytes), self.volumes)
+    }
+}

@@ -1,0 +1,151 @@
+//! Appending: a run of pages becomes one record at the end of an open segment. Used by lanes for
+//! what is written and by the cleaner for survivors. Owns all the memory it needs.
+
+use super::Shared;
+use crate::arena::Arena;
+use crate::codec::{self, most_payload, Codec};
+use crate::log::record::{Header, GROUP_HEADER, MAX_GROUP, SINGLE_HEADER};
+use crate::log::segment::Open;
+use crate::map::{Slot, Stored};
+use crate::page::{PageNo, VolumeId, PAGE_BYTES};
+use std::sync::atomic::Ordering;
+
+/// Streams keep apart what will die or move at different times.
+#[derive(Clone, Copy)]
+enum Stream {
+    Compressed = 0,
+    /// Incompressible pages: the first to go down to lower tiers.
+    Raw = 1,
+}
+
+/// A record that was appended but that no slot names yet. Its bytes count as live.
+#[derive(Clone, Copy)]
+pub(super) struct Appended {
+    open: Open,
+    header: Header,
+}
+
+impl Appended {
+    /// The slot word for page `index` of the record.
+    pub fn slot(&self, index: usize) -> Slot {
+        Slot::stored(Stored {
+            segment: self.open.segment,
+            offset: self.open.used as u32,
+            index: index as u32,
+            share: self.header.share(index),
+        })
+    }
+}
+
+/// What came of appending.
+pub(super) enum Outcome {
+    Done(Appended),
+    /// The run does not compress as one record: append its pages alone.
+    Split,
+    /// No free frame at this moment.
+    NoRoom,
+}
+
+pub(super) struct Appender {
+    pub codec: Codec,
+    open: [Option<Open>; 2],
+    /// Where a payload is made when the open segment's tail may be too short for it.
+    scratch: Box<[u8]>,
+    /// Frames to leave for others.
+    keep: u32,
+}
+
+impl Appender {
+    pub fn new(shared: &Shared, keep: u32) -> Appender {
+        let scratch = vec![0xa5; shared.config.group_pages.max(1) * PAGE_BYTES].into_boxed_slice();
+        Appender { codec: Codec::new(shared.config.codec), open: [None; 2], scratch, keep }
+    }
+
+    /// Appends 1 to 16 contiguous pages as one record, compressed if that pays.
+    pub fn pages(&mut self, s: &Shared, v: VolumeId, first: PageNo, plain: &[u8]) -> Outcome {
+        let pages = plain.len() / PAGE_BYTES;
+        debug_assert!((1..=MAX_GROUP).contains(&pages));
+        let header_bytes = if pages == 1 { SINGLE_HEADER } else { GROUP_HEADER };
+        let most = most_payload(plain.len());
+        let Some(open) = self.room(s, Stream::Compressed, header_bytes + 1) else { return Outcome::NoRoom };
+        let left = s.arena.segment_bytes() - open.used;
+        let header = |(codec, payload)| Header { page: first, volume: v, pages, codec, payload };
+        if left >= header_bytes + most {
+            // The usual case: compress to where it stays.
+            let tail = s.arena.open_tail(open.frame, open.used, header_bytes + most);
+            if let Some(packed) = self.codec.compress(plain, &mut tail[header_bytes..]) {
+                return Outcome::Done(self.commit_tail(s, Stream::Compressed, open, header(packed)));
+            }
+        } else if let Some(packed) = self.codec.compress(plain, &mut self.scratch[..most]) {
+            let header = header(packed);
+            let Some(open) = self.room(s, Stream::Compressed, header.total()) else { return Outcome::NoRoom };
+            payload_to(&s.arena, open, &header).copy_from_slice(&self.scratch[..header.payload]);
+            return Outcome::Done(self.commit_tail(s, Stream::Compressed, open, header));
+        }
+        if pages > 1 {
+            return Outcome::Split;
+        }
+        self.payload(s, Stream::Raw, header((codec::RAW, PAGE_BYTES)), plain)
+    }
+
+    /// Appends a page that one 8-byte pattern fills.
+    pub fn fill(&mut self, s: &Shared, v: VolumeId, page: PageNo, pattern: u64) -> Outcome {
+        let header = Header { page, volume: v, pages: 1, codec: codec::FILL, payload: 8 };
+        self.payload(s, Stream::Compressed, header, &pattern.to_le_bytes())
+    }
+
+    /// Appends a record that exists already, as it is.
+    pub fn copy(&mut self, s: &Shared, header: Header, record: &[u8]) -> Outcome {
+        let stream = if header.codec == codec::RAW { Stream::Raw } else { Stream::Compressed };
+        self.payload(s, stream, header, &record[header.bytes()..])
+    }
+
+    fn payload(&mut self, s: &Shared, stream: Stream, header: Header, payload: &[u8]) -> Outcome {
+        let Some(open) = self.room(s, stream, header.total()) else { return Outcome::NoRoom };
+        payload_to(&s.arena, open, &header).copy_from_slice(payload);
+        Outcome::Done(self.commit_tail(s, stream, open, header))
+    }
+
+    /// Ends a record whose payload stands in the tail: from here on its bytes count.
+    fn commit_tail(&mut self, s: &Shared, stream: Stream, open: Open, header: Header) -> Appended {
+        header.write(s.arena.open_tail(open.frame, open.used, header.bytes()));
+        s.segments.add_live(&s.arena, open.segment, header.total() as u32);
+        self.open[stream as usize] = Some(Open { used: open.used + header.total(), ..open });
+        Appended { open, header }
+    }
+
+    /// The stream's open segment with at least `bytes` left, a new one if need be.
+    fn room(&mut self, s: &Shared, stream: Stream, bytes: usize) -> Option<Open> {
+        let place = &mut self.open[stream as usize];
+        if let Some(open) = *place {
+            if s.arena.segment_bytes() - open.used >= bytes {
+                return Some(open);
+            }
+            *place = None;
+            if s.segments.seal(&s.arena, open) {
+                s.wake_cleaner();
+            }
+        }
+        *place = s.segments.open(&s.arena, self.keep);
+        s.frames_taken.fetch_add(u64::from(place.is_some()), Ordering::Relaxed);
+        let ready = s.arena.frames_ready();
+        let reserve = s.reserve.load(Ordering::Relaxed);
+        if ready <= reserve / 2 + 2 {
+            s.wake_growth();
+            s.wake_cleaner();
+        }
+        *place
+    }
+
+    /// Seals what is open: nothing more comes.
+    pub fn close(&mut self, s: &Shared) {
+        for open in self.open.iter_mut().filter_map(Option::take) {
+            s.segments.seal(&s.arena, open);
+        }
+        s.wake_cleaner();
+    }
+}
+
+fn payload_to<'a>(arena: &'a Arena, open: Open, header: &Header) -> &'a mut [u8] {
+    arena.open_tail(open.frame, open.used + header.bytes(), header.payload)
+}

@@ -1,0 +1,203 @@
+//! The cleaner: makes room by copying what is live out of segments that are mostly dead.
+//!
+//! Story of one victim: choose by cost-benefit; claim it; walk its records; for each page ask the
+//! map whether the page's slot still names this very record; append the live ones as survivors;
+//! exchange each slot from the old word to the new one (a page written meanwhile keeps its newer
+//! word and the copy is dead); set the victim free. It is reused after a grace period.
+//!
+//! A claimed segment cannot be reused, so a slot word that names it cannot come back with another
+//! meaning: the exchange has no ABA.
+
+use super::append::{Appended, Appender, Outcome};
+use super::{grow, Shared};
+use crate::log::policy::{cleaning, worth, Candidate, Cleaning};
+use crate::log::record::{Header, MAX_GROUP};
+use crate::log::segment::Open;
+use crate::map::{self, swap_if, Slot, Stored};
+use crate::page::{PageNo, SegmentId, PAGE_BYTES};
+use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Victims taken from one look over the table.
+const BATCH: usize = 8;
+const NAP: Duration = Duration::from_millis(50);
+
+pub(super) struct Cleaner {
+    shared: Arc<Shared>,
+    appender: Appender,
+    victims: Vec<(f64, u32)>,
+    plain: Box<[u8]>,
+}
+
+impl Cleaner {
+    pub fn new(shared: Arc<Shared>) -> Cleaner {
+        let plain = vec![0xa5; shared.config.group_pages * PAGE_BYTES].into_boxed_slice();
+        Cleaner { appender: Appender::new(&shared, 0), victims: Vec::with_capacity(BATCH + 1), plain, shared }
+    }
+
+    pub fn run(&mut self) {
+        while !self.shared.stop.load(Ordering::Acquire) {
+            self.release();
+            let how = self.choose();
+            let before = self.shared.cleaned.load(Ordering::Relaxed);
+            if how != Cleaning::Rest {
+                self.clean();
+            }
+            self.release();
+            if how == Cleaning::Rest || self.shared.cleaned.load(Ordering::Relaxed) == before {
+                std::thread::park_timeout(NAP);
+            }
+        }
+        let shared = self.shared.clone();
+        self.appender.close(&shared);
+    }
+
+    /// Frees what was retired, after one grace period for all of it.
+    fn release(&mut self) {
+        let s = &*self.shared;
+        if !s.segments.any_retired() && !s.map.any_retired() {
+            return;
+        }
+        let nodes = s.map.take_retired();
+        // Only groups of segments that are known can have a bit set.
+        let groups = (grow::known_segments(s) as usize).div_ceil(64).min(s.segments.retired_groups());
+        for group in 0..groups.max(1) {
+            let mut bits = s.segments.take_retired(group);
+            if bits == 0 && !(group == 0 && nodes != 0) {
+                continue;
+            }
+            s.epochs.wait();
+            if group == 0 {
+                s.map.release(&s.arena, nodes);
+            }
+            while bits != 0 {
+                s.segments.release(&s.arena, SegmentId(group as u32 * 64 + bits.trailing_zeros()));
+                bits &= bits - 1;
+            }
+        }
+    }
+
+    /// Looks over the table once: how hard to work, and on what.
+    fn choose(&mut self) -> Cleaning {
+        let s = &*self.shared;
+        self.victims.clear();
+        let capacity = s.arena.segment_bytes() as u32;
+        let (mut sealed, mut live_all) = (0u64, 0u64);
+        for id in 0..grow::known_segments(s) {
+            let Some((live, _, age)) = s.segments.sealed(&s.arena, SegmentId(id)) else { continue };
+            sealed += u64::from(capacity);
+            live_all += u64::from(live);
+            let Some(w) = worth(&Candidate { live, age }, capacity) else { continue };
+            let at = self.victims.partition_point(|(other, _)| *other >= w);
+            if at < BATCH {
+                self.victims.insert(at, (w, id));
+                self.victims.truncate(BATCH);
+            }
+        }
+        cleaning(s.arena.frames_ready(), grow::growable_frames(s), s.reserve.load(Ordering::Relaxed), sealed, live_all)
+    }
+
+    fn clean(&mut self) {
+        for i in 0..self.victims.len() {
+            let id = SegmentId(self.victims[i].1);
+            let shared = self.shared.clone();
+            let Some(victim) = shared.segments.begin_cleaning(&shared.arena, id) else { continue };
+            let room = self.move_survivors(&shared, victim);
+            shared.segments.end_cleaning(&shared.arena, id);
+            if !room {
+                return;
+            }
+            shared.cleaned.fetch_add(1, Ordering::Relaxed);
+            if shared.arena.frames_ready() < 4 {
+                self.release();
+            }
+        }
+    }
+
+    /// Copies the live records of a victim. False: no room for them; what was not copied stays.
+    fn move_survivors(&mut self, s: &Shared, victim: Open) -> bool {
+        let mut at = 0;
+        while at < victim.used {
+            let (header, record) =
+                s.segments.record(&s.arena, victim.frame, at).expect("a sealed segment is records from end to end");
+            if !self.move_record(s, victim, at, header, record) {
+                return false;
+            }
+            at += header.total();
+        }
+        true
+    }
+
+    fn move_record(&mut self, s: &Shared, victim: Open, offset: usize, header: Header, record: &[u8]) -> bool {
+        let word = |i: usize| {
+            Slot::stored(Stored { segment: victim.segment, offset: offset as u32, index: i as u32, share: header.share(i) })
+        };
+        let mut live = [false; MAX_GROUP];
+        for (i, l) in live.iter_mut().enumerate().take(header.pages) {
+            *l = self.page_word(s, header, i) == word(i);
+        }
+        let count = live.iter().filter(|l| **l).count();
+        if count == 0 {
+            return true;
+        }
+        if count == header.pages {
+            let Outcome::Done(copy) = self.appender.copy(s, header, record) else { return false };
+            (0..header.pages).for_each(|i| self.relocate(s, header, i, word(i), copy, i));
+            return true;
+        }
+        // A group of which some pages died: the rest is compressed anew.
+        let whole = header.pages * PAGE_BYTES;
+        let mut plain = std::mem::take(&mut self.plain);
+        let sound = self.appender.codec.decompress(header.codec, &record[header.bytes()..], &mut plain[..whole]);
+        assert!(sound, "a record in memory decodes: segment {} offset {offset}", victim.segment.0);
+        let moved = self.move_rest(s, header, &live, &plain[..whole], word);
+        self.plain = plain;
+        moved
+    }
+
+    fn move_rest(&mut self, s: &Shared, header: Header, live: &[bool; MAX_GROUP], plain: &[u8], word: impl Fn(usize) -> Slot) -> bool {
+        let mut i = 0;
+        let mut alone_until = 0;
+        while i < header.pages {
+            let most = if i < alone_until { 1 } else { header.pages - i };
+            let run = live[i..i + most].iter().take_while(|l| **l).count();
+            if run == 0 {
+                i += 1;
+                continue;
+            }
+            let bytes = &plain[i * PAGE_BYTES..(i + run) * PAGE_BYTES];
+            match self.appender.pages(s, header.volume, PageNo(header.page.0 + i as u32), bytes) {
+                Outcome::Done(copy) => {
+                    (0..run).for_each(|k| self.relocate(s, header, i + k, word(i + k), copy, k));
+                    i += run;
+                }
+                Outcome::Split => alone_until = i + run,
+                Outcome::NoRoom => return false,
+            }
+        }
+        true
+    }
+
+    fn page_word(&self, s: &Shared, header: Header, i: usize) -> Slot {
+        let lane = s.config.max_lanes;
+        s.epochs.enter(lane);
+        let word = map::load(&s.map, &s.arena, header.volume, PageNo(header.page.0 + i as u32));
+        s.epochs.leave(lane);
+        word
+    }
+
+    /// Points a page's slot to its copy, if it still names the original.
+    fn relocate(&self, s: &Shared, header: Header, i: usize, old: Slot, copy: Appended, index: usize) {
+        let new = copy.slot(index);
+        let page = PageNo(header.page.0 + i as u32);
+        let lane = s.config.max_lanes;
+        s.epochs.enter(lane);
+        let leaf = s.map.leaf(&s.arena, header.volume, page.cluster());
+        let moved = leaf.is_some_and(|leaf| swap_if(&leaf[page.slot()], old, new));
+        s.epochs.leave(lane);
+        // Exactly one of the two words is out of use now.
+        let map::Kind::Stored(dead) = (if moved { old } else { new }).kind() else { return };
+        s.segments.take_live(&s.arena, dead.segment, dead.share);
+    }
+}

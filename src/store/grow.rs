@@ -1,0 +1,193 @@
+//! Growth: the one thread that asks the host for memory and gives it back. It may wait for memory
+//! as long as it likes: nothing waits for it but parked writes. It keeps a reserve of frames and
+//! metadata pages ready, so that lanes find what they need without asking.
+
+use super::Shared;
+use crate::arena::host_memory;
+use crate::error::Result;
+use crate::log::policy::{reserve_frames, surplus_frames, Demand};
+use crate::page::{FrameNo, MetaNo, PAGE_BYTES};
+use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Metadata pages to hold ready: leaves for 128 MiB of fresh address space.
+const META_RESERVE: u32 = 64;
+/// Free metadata pages above which memory goes back.
+const META_SURPLUS: u32 = 4 * META_RESERVE;
+const META_STEP: u32 = 16;
+const NAP: Duration = Duration::from_millis(100);
+/// Surplus must last this long before memory is given back.
+const PATIENCE: Duration = Duration::from_millis(500);
+
+/// Segments whose table entries are in use: ids are handed out from 0 up, one for each frame.
+pub(super) fn known_segments(s: &Shared) -> u32 {
+    s.known.load(Ordering::Acquire)
+}
+
+/// Frames that the limit still allows to grow.
+pub(super) fn growable_frames(s: &Shared) -> u32 {
+    let left = s.config.limit_bytes.saturating_sub(s.held_bytes());
+    (left / s.arena.segment_bytes() as u64) as u32
+}
+
+/// Which of a numbered run of things is resident: a bit each.
+struct Resident {
+    words: Vec<u64>,
+    len: u32,
+    hint: usize,
+}
+
+impl Resident {
+    fn new(len: u32) -> Resident {
+        Resident { words: vec![0; (len as usize).div_ceil(64)], len, hint: 0 }
+    }
+
+    /// The lowest one that is not resident.
+    fn lowest_absent(&mut self) -> Option<u32> {
+        while self.hint < self.words.len() {
+            let absent = !self.words[self.hint];
+            if absent != 0 {
+                let n = self.hint as u32 * 64 + absent.trailing_zeros();
+                return (n < self.len).then_some(n);
+            }
+            self.hint += 1;
+        }
+        None
+    }
+
+    fn has(&self, n: u32) -> bool {
+        n < self.len && self.words[n as usize / 64] >> (n % 64) & 1 == 1
+    }
+
+    fn set(&mut self, n: u32) {
+        self.words[n as usize / 64] |= 1 << (n % 64);
+    }
+
+    fn clear(&mut self, n: u32) {
+        self.words[n as usize / 64] &= !(1 << (n % 64));
+        self.hint = self.hint.min(n as usize / 64);
+    }
+}
+
+pub(super) struct Growth {
+    shared: Arc<Shared>,
+    frames: Resident,
+    /// Numbered from 0 here, from 1 in the arena.
+    meta: Resident,
+    rate_since: Instant,
+    taken_then: u64,
+    per_second: u64,
+    surplus_since: Option<Instant>,
+}
+
+impl Growth {
+    pub fn new(shared: Arc<Shared>) -> Growth {
+        Growth {
+            frames: Resident::new(shared.arena.max_frames()),
+            meta: Resident::new(shared.arena.max_meta()),
+            rate_since: Instant::now(),
+            taken_then: 0,
+            per_second: 0,
+            surplus_since: None,
+            shared,
+        }
+    }
+
+    pub fn run(&mut self) {
+        while !self.shared.stop.load(Ordering::Acquire) {
+            if let Err(e) = self.step() {
+                // The host refuses memory: writes park and cleaning goes on; try again.
+                tracing::warn!("the store cannot grow: {e}");
+            }
+            std::thread::park_timeout(NAP);
+        }
+    }
+
+    /// Brings the reserve to where the policy wants it.
+    pub fn step(&mut self) -> Result<()> {
+        let s = self.shared.clone();
+        let (ram_bytes, free_bytes) = host_memory()?;
+        self.measure_rate(&s);
+        let reserve = reserve_frames(&Demand {
+            ram_bytes,
+            free_bytes,
+            limit_bytes: s.config.limit_bytes,
+            segment_bytes: s.arena.segment_bytes() as u64,
+            frames_per_second: self.per_second,
+        });
+        s.reserve.store(reserve, Ordering::Relaxed);
+        self.grow_meta(&s)?;
+        while s.arena.frames_ready() < reserve && growable_frames(&s) > 0 && !s.stop.load(Ordering::Relaxed) {
+            let Some(f) = self.frames.lowest_absent() else { break };
+            let first_time = f >= known_segments(&s);
+            s.arena.grow_frame(FrameNo(f), first_time)?;
+            self.frames.set(f);
+            s.held_frames.fetch_add(1, Ordering::Relaxed);
+            if first_time {
+                s.known.store(f + 1, Ordering::Release);
+            }
+            self.grow_meta(&s)?;
+        }
+        self.give_back(&s, reserve);
+        Ok(())
+    }
+
+    fn measure_rate(&mut self, s: &Shared) {
+        let elapsed = self.rate_since.elapsed();
+        if elapsed >= Duration::from_secs(1) {
+            let taken = s.frames_taken.load(Ordering::Relaxed);
+            self.per_second = ((taken - self.taken_then) as f64 / elapsed.as_secs_f64()) as u64;
+            self.taken_then = taken;
+            self.rate_since = Instant::now();
+        }
+    }
+
+    fn grow_meta(&mut self, s: &Shared) -> Result<()> {
+        let step_bytes = u64::from(META_STEP) * PAGE_BYTES as u64;
+        let want = META_RESERVE.min(s.arena.max_meta() / 16);
+        while s.arena.meta_ready() < want {
+            if s.held_bytes() + step_bytes > s.config.limit_bytes && !self.trade_frame(s) {
+                return Ok(());
+            }
+            let Some(first) = self.meta.lowest_absent() else { return Ok(()) };
+            let count = (first..first + META_STEP).take_while(|&n| n < s.arena.max_meta() && !self.meta.has(n)).count() as u32;
+            s.arena.grow_meta(MetaNo(first + 1), count)?;
+            (first..first + count).for_each(|n| self.meta.set(n));
+            s.held_meta.fetch_add(count, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// At the limit a free frame becomes room for metadata: without a leaf no page can be stored.
+    fn trade_frame(&mut self, s: &Shared) -> bool {
+        let Some(f) = s.arena.shrink_frame(2) else { return false };
+        self.frames.clear(f.0);
+        s.held_frames.fetch_sub(1, Ordering::Relaxed);
+        true
+    }
+
+    fn give_back(&mut self, s: &Shared, reserve: u32) {
+        let frames = surplus_frames(reserve, s.arena.frames_ready(), self.surplus_since.is_some());
+        let meta = s.arena.meta_ready().saturating_sub(META_SURPLUS);
+        if frames == 0 && meta == 0 {
+            self.surplus_since = None;
+            return;
+        }
+        let since = *self.surplus_since.get_or_insert_with(Instant::now);
+        if since.elapsed() < PATIENCE {
+            return;
+        }
+        // A part at a time: demand may come back while this goes on.
+        for _ in 0..frames.div_ceil(4) {
+            let Some(f) = s.arena.shrink_frame(reserve) else { break };
+            self.frames.clear(f.0);
+            s.held_frames.fetch_sub(1, Ordering::Relaxed);
+        }
+        for _ in 0..meta.div_ceil(4) {
+            let Some(m) = s.arena.shrink_meta() else { break };
+            self.meta.clear(m.0 - 1);
+            s.held_meta.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}

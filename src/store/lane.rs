@@ -1,0 +1,406 @@
+//! A lane: one thread's way into a volume. Everything a request needs was made when the lane was
+//! opened; no request allocates, takes a lock or waits for another thread's memory.
+
+use super::append::{Appender, Outcome};
+use super::{Shared, Store};
+use crate::codec::{fill, same_filled};
+use crate::error::{Error, Result};
+use crate::log::record::Header;
+use crate::map::{swap_if, Kind, Slot, Stored};
+use crate::page::{PageNo, VolumeId, CLUSTER_PAGES, PAGE_BYTES, SECTOR_BYTES};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+/// Pages handled within one epoch: bounds how long the cleaner waits for a lane.
+const EPOCH_PAGES: usize = 16;
+/// Frames that lanes leave for the cleaner, so that it can always make room.
+const KEEP_FOR_CLEANER: u32 = 2;
+/// A blocking write that makes no progress for this long is refused.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// One I/O thread's way into a [`crate::Volume`].
+pub struct Lane {
+    store: Store,
+    volume: VolumeId,
+    bytes: u64,
+    index: usize,
+    appender: Appender,
+    /// The last group decoded, and the record it came from; valid within one epoch.
+    group: Box<[u8]>,
+    group_of: Option<(Stored, Header)>,
+    page: Box<[u8; PAGE_BYTES]>,
+}
+
+impl Lane {
+    pub(crate) fn open(store: Store, volume: VolumeId, bytes: u64) -> Result<Lane> {
+        let index = store.take_lane()?;
+        let s = store.shared();
+        let appender = Appender::new(s, KEEP_FOR_CLEANER);
+        let group = vec![0xa5; if s.config.group_pages > 1 { s.config.group_pages * PAGE_BYTES } else { 0 }];
+        Ok(Lane { volume, bytes, index, appender, group: group.into(), group_of: None, page: Box::new([0xa5; PAGE_BYTES]), store })
+    }
+
+    /// Reads a range; what was never written reads as zeros.
+    pub fn read(&mut self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        self.check(offset, buf.len() as u64)?;
+        let mut at = offset;
+        let mut rest = buf;
+        while !rest.is_empty() {
+            let first = PageNo((at / PAGE_BYTES as u64) as u32);
+            let inner = (at % PAGE_BYTES as u64) as usize;
+            let n = if inner == 0 && rest.len() >= PAGE_BYTES {
+                let n = (rest.len() / PAGE_BYTES).min(EPOCH_PAGES) * PAGE_BYTES;
+                self.in_epoch(|lane, s| {
+                    for (i, out) in rest[..n].chunks_exact_mut(PAGE_BYTES).enumerate() {
+                        let page = PageNo(first.0 + i as u32);
+                        let word = crate::map::load(&s.map, &s.arena, lane.volume, page);
+                        lane.decode(s, page, word, out)?;
+                    }
+                    Ok(())
+                })?;
+                n
+            } else {
+                let n = rest.len().min(PAGE_BYTES - inner);
+                let mut page = std::mem::replace(&mut self.page, Box::new([0; PAGE_BYTES]));
+                let done = self.in_epoch(|lane, s| {
+                    let word = crate::map::load(&s.map, &s.arena, lane.volume, first);
+                    lane.decode(s, first, word, &mut page[..])
+                });
+                rest[..n].copy_from_slice(&page[inner..inner + n]);
+                self.page = page;
+                done?;
+                n
+            };
+            self.count(|c| &c.reads, n);
+            at += n as u64;
+            rest = &mut rest[n..];
+        }
+        Ok(())
+    }
+
+    /// Writes what there is room for at this moment and returns the bytes done. Fewer than asked
+    /// for: call again with the rest later. Never waits.
+    pub fn try_write(&mut self, offset: u64, data: &[u8]) -> Result<usize> {
+        self.check(offset, data.len() as u64)?;
+        let mut done = 0;
+        while done < data.len() {
+            let at = offset + done as u64;
+            let first = PageNo((at / PAGE_BYTES as u64) as u32);
+            let inner = (at % PAGE_BYTES as u64) as usize;
+            let rest = &data[done..];
+            let (asked, written) = if inner == 0 && rest.len() >= PAGE_BYTES {
+                let n = (rest.len() / PAGE_BYTES).min(EPOCH_PAGES) * PAGE_BYTES;
+                (n, self.in_epoch(|lane, s| lane.write_pages(s, first, &rest[..n])))
+            } else {
+                let n = rest.len().min(PAGE_BYTES - inner);
+                (n, if self.splice(first, inner, n, Some(rest))? { n } else { 0 })
+            };
+            self.count(|c| &c.writes, written);
+            done += written;
+            if written < asked {
+                self.store.shared().wake_growth();
+                self.store.shared().wake_cleaner();
+                break;
+            }
+        }
+        Ok(done)
+    }
+
+    /// Writes all of the range, waiting for room up to two seconds without progress.
+    pub fn write(&mut self, offset: u64, data: &[u8]) -> Result<()> {
+        let mut done = self.try_write(offset, data)?;
+        let mut waited = Duration::ZERO;
+        while done < data.len() {
+            let more = self.try_write(offset + done as u64, &data[done..])?;
+            done += more;
+            if more > 0 {
+                waited = Duration::ZERO;
+                continue;
+            }
+            self.wait(&mut waited)?;
+        }
+        Ok(())
+    }
+
+    /// Drops the whole pages of a range, which then read as zeros. Parts of pages at its ends are
+    /// left as they are.
+    pub fn discard(&mut self, offset: u64, len: u64) -> Result<()> {
+        self.check(offset, len)?;
+        let page = PAGE_BYTES as u64;
+        let (first, end) = (offset.div_ceil(page), (offset + len) / page);
+        let mut at = first;
+        while at < end {
+            let cluster = (at / CLUSTER_PAGES as u64) as usize;
+            let Some(next) = self.in_epoch(|lane, s| s.map.next_present(&s.arena, lane.volume, cluster)) else { break };
+            at = at.max((next * CLUSTER_PAGES) as u64);
+            if at >= end {
+                break;
+            }
+            let until = end.min(((next + 1) * CLUSTER_PAGES) as u64);
+            self.in_epoch(|lane, s| lane.discard_in_cluster(s, next, at, until));
+            at = until;
+        }
+        Ok(())
+    }
+
+    /// Makes the range read as zeros, to the byte. Whole pages cost nothing afterwards.
+    pub fn write_zeroes(&mut self, offset: u64, len: u64) -> Result<()> {
+        self.check(offset, len)?;
+        let page = PAGE_BYTES as u64;
+        let end = offset + len;
+        let (first, last) = (offset / page, end / page);
+        for (p, from, to) in [
+            (first, offset % page, if first == last { end % page } else { page }),
+            (last, 0, if first == last { 0 } else { end % page }),
+        ] {
+            if from < to && to - from < page {
+                let mut waited = Duration::ZERO;
+                while !self.splice(PageNo(p as u32), from as usize, (to - from) as usize, None)? {
+                    self.wait(&mut waited)?;
+                }
+            }
+        }
+        self.discard(offset, len)
+    }
+
+    /// Nothing to do: a request is done when its slots are committed.
+    pub fn flush(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    // --- within ---------------------------------------------------------------------------------
+
+    fn check(&self, offset: u64, len: u64) -> Result<()> {
+        if offset.checked_add(len).is_none_or(|end| end > self.bytes) {
+            return Err(Error::OutOfRange { offset, len, volume_bytes: self.bytes });
+        }
+        if offset % SECTOR_BYTES != 0 || len % SECTOR_BYTES != 0 {
+            return Err(Error::Unaligned { offset, len });
+        }
+        Ok(())
+    }
+
+    fn wait(&self, waited: &mut Duration) -> Result<()> {
+        if *waited >= PATIENCE {
+            let refused = &self.store.shared().counters[self.index].refused;
+            refused.store(refused.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+            return Err(Error::NoSpace);
+        }
+        let nap = Duration::from_micros(500);
+        std::thread::sleep(nap);
+        *waited += nap;
+        Ok(())
+    }
+
+    fn count(&self, which: fn(&super::Counters) -> &AtomicU64, bytes: usize) {
+        let c = which(&self.store.shared().counters[self.index]);
+        c.store(c.load(Ordering::Relaxed) + bytes.div_ceil(PAGE_BYTES) as u64, Ordering::Relaxed);
+    }
+
+    fn in_epoch<T>(&mut self, body: impl FnOnce(&mut Lane, &Shared) -> T) -> T {
+        let shared = self.store.shared().clone();
+        shared.epochs.enter(self.index);
+        self.group_of = None;
+        let result = body(self, &shared);
+        shared.epochs.leave(self.index);
+        result
+    }
+
+    /// Puts the content that `word` stands for into `out`, one page long. Within an epoch.
+    fn decode(&mut self, s: &Shared, page: PageNo, word: Slot, out: &mut [u8]) -> Result<()> {
+        let at = match word.kind() {
+            Kind::Empty | Kind::Frozen => {
+                out.fill(0);
+                return Ok(());
+            }
+            Kind::Fill(pattern) => {
+                fill(pattern, out);
+                return Ok(());
+            }
+            Kind::Lost => return Err(Error::Lost { page: page.0 }),
+            Kind::Stored(at) => at,
+        };
+        let corrupt = || Error::Corrupt { page: page.0, segment: at.segment.0, offset: at.offset };
+        let frame = s.segments.frame(&s.arena, at.segment);
+        let (header, record) = s.segments.record(&s.arena, frame, at.offset as usize).ok_or_else(corrupt)?;
+        if header.volume != self.volume || header.page.0.checked_add(at.index) != Some(page.0) || at.index as usize >= header.pages {
+            return Err(corrupt());
+        }
+        let payload = &record[header.bytes()..];
+        if header.pages == 1 {
+            return if self.appender.codec.decompress(header.codec, payload, out) { Ok(()) } else { Err(corrupt()) };
+        }
+        let whole = header.pages * PAGE_BYTES;
+        let same = self.group_of.is_some_and(|(of, _)| (of.segment, of.offset) == (at.segment, at.offset));
+        if !same {
+            self.group_of = None;
+            let group = self.group.get_mut(..whole).ok_or_else(corrupt)?;
+            if !self.appender.codec.decompress(header.codec, payload, group) {
+                return Err(corrupt());
+            }
+            self.group_of = Some((at, header));
+        }
+        out.copy_from_slice(&self.group[at.index as usize * PAGE_BYTES..][..PAGE_BYTES]);
+        Ok(())
+    }
+
+    /// Writes whole pages, up to sixteen; returns the bytes done. Within an epoch.
+    fn write_pages(&mut self, s: &Shared, first: PageNo, data: &[u8]) -> usize {
+        let pages = data.len() / PAGE_BYTES;
+        let plain = |i: usize, n: usize| &data[i * PAGE_BYTES..(i + n) * PAGE_BYTES];
+        let mut i = 0;
+        let mut alone_until = 0;
+        while i < pages {
+            let page = PageNo(first.0 + i as u32);
+            let pattern = same_filled(plain(i, 1));
+            if let Some(word) = pattern.and_then(Slot::fill) {
+                if !self.commit(s, page, word) {
+                    break;
+                }
+                i += 1;
+                continue;
+            }
+            if s.map.leaf_for_write(&s.arena, self.volume, page.cluster()).is_err() {
+                break;
+            }
+            let mut run = 1;
+            let outcome = match pattern {
+                Some(pattern) => self.appender.fill(s, self.volume, page, pattern),
+                None => {
+                    if i >= alone_until {
+                        let most = s.config.group_pages.min(pages - i);
+                        run += (i + 1..i + most).take_while(|&j| same_filled(plain(j, 1)).is_none()).count();
+                    }
+                    self.appender.pages(s, self.volume, page, plain(i, run))
+                }
+            };
+            match outcome {
+                Outcome::Done(record) => {
+                    let committed = (0..run).take_while(|&k| self.commit(s, PageNo(page.0 + k as u32), record.slot(k))).count();
+                    i += committed;
+                    if committed < run {
+                        // The rest of the record is dead: no slot names it.
+                        (committed..run).for_each(|k| self.forget(s, record.slot(k)));
+                        break;
+                    }
+                }
+                Outcome::Split => alone_until = i + run,
+                Outcome::NoRoom => break,
+            }
+        }
+        i * PAGE_BYTES
+    }
+
+    /// The commit point: one exchange of the slot word, after the record it names is complete.
+    /// The old word tells what died. False: the map has no room for the page's leaf.
+    ///
+    /// Killed before the exchange, the page is what it was and the record is garbage; killed after
+    /// it, the page is the new one; counters are rebuilt by a walk in either case. A frozen slot is
+    /// never replaced, so a commit cannot vanish with a leaf that is being taken out.
+    fn commit(&mut self, s: &Shared, page: PageNo, new: Slot) -> bool {
+        loop {
+            let Ok(leaf) = s.map.leaf_for_write(&s.arena, self.volume, page.cluster()) else { return false };
+            let slot = &leaf[page.slot()];
+            let mut old = Slot(slot.load(Ordering::Acquire));
+            while !old.is_frozen() {
+                if swap_if(slot, old, new) {
+                    let counters = &s.counters[self.index];
+                    s.born(counters, new);
+                    s.died(counters, old);
+                    return true;
+                }
+                old = Slot(slot.load(Ordering::Acquire));
+            }
+            std::thread::yield_now();
+        }
+    }
+
+    /// Gives up a word that was made but not committed.
+    fn forget(&self, s: &Shared, word: Slot) {
+        if let Kind::Stored(at) = word.kind() {
+            s.segments.take_live(&s.arena, at.segment, at.share);
+        }
+    }
+
+    /// Replaces `len` bytes within a page, by `data` or by zeros, against the very word it was
+    /// read from: a write to other bytes of the page in between makes it start anew. False: no
+    /// room at this moment.
+    fn splice(&mut self, page: PageNo, inner: usize, len: usize, data: Option<&[u8]>) -> Result<bool> {
+        loop {
+            let step = self.in_epoch(|lane, s| lane.splice_once(s, page, inner, len, data))?;
+            if let Some(done) = step {
+                return Ok(done);
+            }
+        }
+    }
+
+    /// None: another write came between.
+    fn splice_once(&mut self, s: &Shared, page: PageNo, inner: usize, len: usize, data: Option<&[u8]>) -> Result<Option<bool>> {
+        let Ok(leaf) = s.map.leaf_for_write(&s.arena, self.volume, page.cluster()) else { return Ok(Some(false)) };
+        let slot = &leaf[page.slot()];
+        let old = Slot(slot.load(Ordering::Acquire));
+        if old.is_frozen() {
+            std::thread::yield_now();
+            return Ok(None);
+        }
+        let mut plain = [0u8; PAGE_BYTES];
+        self.decode(s, page, old, &mut plain)?;
+        match data {
+            Some(data) => plain[inner..inner + len].copy_from_slice(&data[..len]),
+            None => plain[inner..inner + len].fill(0),
+        }
+        let pattern = same_filled(&plain);
+        let new = match pattern.and_then(Slot::fill) {
+            Some(word) => word,
+            None => {
+                let outcome = match pattern {
+                    Some(pattern) => self.appender.fill(s, self.volume, page, pattern),
+                    None => self.appender.pages(s, self.volume, page, &plain),
+                };
+                match outcome {
+                    Outcome::Done(record) => record.slot(0),
+                    Outcome::Split | Outcome::NoRoom => return Ok(Some(false)),
+                }
+            }
+        };
+        if !swap_if(slot, old, new) {
+            self.forget(s, new);
+            return Ok(None);
+        }
+        let counters = &s.counters[self.index];
+        s.born(counters, new);
+        s.died(counters, old);
+        Ok(Some(true))
+    }
+
+    /// Drops pages `from..until` of one cluster. Within an epoch.
+    fn discard_in_cluster(&mut self, s: &Shared, cluster: usize, from: u64, until: u64) {
+        let counters = &s.counters[self.index];
+        if until - from == CLUSTER_PAGES as u64 {
+            s.map.discard_cluster(&s.arena, self.volume, cluster, |word| s.died(counters, word));
+            return;
+        }
+        let mut page = from;
+        while page < until {
+            let Some(leaf) = s.map.leaf(&s.arena, self.volume, cluster) else { return };
+            let slot = &leaf[PageNo(page as u32).slot()];
+            let old = Slot(slot.load(Ordering::Acquire));
+            if old.is_frozen() {
+                std::thread::yield_now();
+            } else if old == Slot::EMPTY || swap_if(slot, old, Slot::EMPTY) {
+                s.died(counters, old);
+                page += 1;
+            }
+        }
+        s.map.drop_if_empty(&s.arena, self.volume, cluster);
+    }
+}
+
+impl Drop for Lane {
+    fn drop(&mut self) {
+        let s = self.store.shared().clone();
+        self.appender.close(&s);
+        self.store.put_lane(self.index);
+    }
+}
+

@@ -1,0 +1,252 @@
+//! The store: pages over map, codec, log and arena, for several volumes at once.
+//!
+//! Who does what: *lanes* (one to an I/O thread) read and write and never wait; the *growth*
+//! thread alone asks the host for memory and gives it back; the *cleaner* thread copies what is
+//! live out of segments that are mostly dead and returns memory after its grace period.
+//!
+//! Lock order: none on the I/O path. `lanes` and `volumes` are mutexes taken only when a lane or a
+//! volume is opened or closed.
+
+mod append;
+mod clean;
+mod grow;
+mod lane;
+
+pub use lane::Lane;
+
+use crate::arena::{host_memory, Arena};
+use crate::config::{Checked, StoreConfig};
+use crate::error::{system, Error, Result};
+use crate::log::epoch::Epochs;
+use crate::log::segment::Segments;
+use crate::map::{Kind, Map, Slot};
+use crate::page::{VolumeId, MAX_VOLUMES, PAGE_BYTES};
+use crate::stats::Stats;
+use crate::volume::Volume;
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::thread::{JoinHandle, Thread};
+
+/// What a lane counts, apart from other lanes' cache lines. Sums over all lanes are exact.
+#[derive(Default)]
+#[repr(align(128))]
+pub(crate) struct Counters {
+    pub stored_pages: AtomicI64,
+    pub filled_pages: AtomicI64,
+    pub zero_pages: AtomicI64,
+    pub reads: AtomicU64,
+    pub writes: AtomicU64,
+    pub refused: AtomicU64,
+}
+
+/// Everything that lanes and background threads share.
+pub(crate) struct Shared {
+    pub config: Checked,
+    pub arena: Arena,
+    pub map: Map,
+    pub segments: Segments,
+    pub epochs: Epochs,
+    /// One for each lane, and the last for the cleaner.
+    pub counters: Box<[Counters]>,
+    pub stop: AtomicBool,
+    /// Frames that growth holds ready when it can.
+    pub reserve: AtomicU32,
+    /// Frames and metadata pages that are resident.
+    pub held_frames: AtomicU32,
+    pub held_meta: AtomicU32,
+    /// Segments whose table entries are in use.
+    pub known: AtomicU32,
+    pub frames_taken: AtomicU64,
+    pub cleaned: AtomicU64,
+    growth: OnceLock<Thread>,
+    cleaner: OnceLock<Thread>,
+    lanes: Mutex<Vec<bool>>,
+    volumes: Mutex<Vec<u64>>,
+}
+
+impl Shared {
+    /// Memory held now, in bytes: frames, metadata pages, segment table.
+    pub fn held_bytes(&self) -> u64 {
+        u64::from(self.held_frames.load(Ordering::Relaxed)) * self.arena.segment_bytes() as u64
+            + u64::from(self.held_meta.load(Ordering::Relaxed)) * PAGE_BYTES as u64
+    }
+
+    pub fn wake_growth(&self) {
+        if let Some(t) = self.growth.get() {
+            t.unpark();
+        }
+    }
+
+    pub fn wake_cleaner(&self) {
+        if let Some(t) = self.cleaner.get() {
+            t.unpark();
+        }
+    }
+
+    /// Accounts for a slot word that was replaced.
+    pub fn died(&self, counters: &Counters, word: Slot) {
+        match word.kind() {
+            Kind::Stored(at) => {
+                bump(&counters.stored_pages, -1);
+                if self.segments.take_live(&self.arena, at.segment, at.share) {
+                    self.wake_cleaner();
+                }
+            }
+            Kind::Fill(0) => bump(&counters.zero_pages, -1),
+            Kind::Fill(_) => bump(&counters.filled_pages, -1),
+            Kind::Empty | Kind::Frozen | Kind::Lost => {}
+        }
+    }
+
+    /// Accounts for a slot word that was committed.
+    pub fn born(&self, counters: &Counters, word: Slot) {
+        match word.kind() {
+            Kind::Stored(_) => bump(&counters.stored_pages, 1),
+            Kind::Fill(0) => bump(&counters.zero_pages, 1),
+            Kind::Fill(_) => bump(&counters.filled_pages, 1),
+            Kind::Empty | Kind::Frozen | Kind::Lost => {}
+        }
+    }
+}
+
+/// Adds to a counter that one thread alone writes: no locked instruction needed.
+fn bump(counter: &AtomicI64, by: i64) {
+    counter.store(counter.load(Ordering::Relaxed) + by, Ordering::Relaxed);
+}
+
+/// Ends the background threads when the last handle to the store is gone.
+struct Owner {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Release);
+        for t in self.threads.drain(..) {
+            t.thread().unpark();
+            // A background thread that panicked has said so on standard error already.
+            let _ = t.join();
+        }
+    }
+}
+
+/// An open store. Cheap to clone; closed when the last clone, volume and lane of it are gone.
+#[derive(Clone)]
+pub struct Store {
+    owner: Arc<Owner>,
+}
+
+impl Store {
+    /// Opens an empty store.
+    pub fn open(config: StoreConfig) -> Result<Store> {
+        let (ram_bytes, _) = host_memory()?;
+        let config = config.validate(ram_bytes)?;
+        let arena = Arena::new(&config)?;
+        let shared = Arc::new(Shared {
+            map: Map::new(),
+            segments: Segments::new(arena.max_frames()),
+            epochs: Epochs::new(config.max_lanes + 1),
+            counters: (0..=config.max_lanes).map(|_| Counters::default()).collect(),
+            stop: AtomicBool::new(false),
+            reserve: AtomicU32::new(4),
+            held_frames: AtomicU32::new(0),
+            held_meta: AtomicU32::new(0),
+            known: AtomicU32::new(0),
+            frames_taken: AtomicU64::new(0),
+            cleaned: AtomicU64::new(0),
+            growth: OnceLock::new(),
+            cleaner: OnceLock::new(),
+            lanes: Mutex::new(vec![false; config.max_lanes]),
+            volumes: Mutex::new(Vec::with_capacity(MAX_VOLUMES)),
+            arena,
+            config,
+        });
+        let mut growth = grow::Growth::new(shared.clone());
+        // The first reserve is there before the first request.
+        growth.step()?;
+        let mut threads = Vec::new();
+        threads.push(start(&shared, "growth", move || growth.run())?);
+        let mut cleaner = clean::Cleaner::new(shared.clone());
+        threads.push(start(&shared, "cleaner", move || cleaner.run())?);
+        // Set once, here.
+        let _ = shared.growth.set(threads[0].thread().clone());
+        let _ = shared.cleaner.set(threads[1].thread().clone());
+        Ok(Store { owner: Arc::new(Owner { shared, threads }) })
+    }
+
+    /// Makes a new, empty volume of `bytes`, which must be a multiple of 4096 up to 16 TiB.
+    pub fn create_volume(&self, bytes: u64) -> Result<Volume> {
+        if bytes == 0 || bytes % PAGE_BYTES as u64 != 0 || bytes > crate::MAX_VOLUME_BYTES {
+            return Err(Error::InvalidConfig(format!(
+                "a volume of {bytes} bytes: the size must be a multiple of 4096, above 0 and up to 16T"
+            )));
+        }
+        let mut volumes = self.shared().volumes.lock().unwrap_or_else(PoisonError::into_inner);
+        if volumes.len() == MAX_VOLUMES {
+            return Err(Error::TooMany { what: "volumes", max: MAX_VOLUMES });
+        }
+        let id = VolumeId(volumes.len() as u8);
+        self.shared().arena.populate_root(id)?;
+        volumes.push(bytes);
+        Ok(Volume::new(self.clone(), id, bytes))
+    }
+
+    /// What is stored, what it costs.
+    pub fn stats(&self) -> Stats {
+        let s = self.shared();
+        let sum = |f: fn(&Counters) -> &AtomicI64| {
+            s.counters.iter().map(|c| f(c).load(Ordering::Relaxed)).sum::<i64>().max(0) as u64
+        };
+        let sum_u = |f: fn(&Counters) -> &AtomicU64| s.counters.iter().map(|c| f(c).load(Ordering::Relaxed)).sum();
+        let known = grow::known_segments(s);
+        let live_bytes = (0..known).map(|i| u64::from(s.segments.live(&s.arena, crate::page::SegmentId(i)))).sum();
+        let volumes = s.volumes.lock().unwrap_or_else(PoisonError::into_inner);
+        Stats {
+            volumes: volumes.len() as u64,
+            virtual_bytes: volumes.iter().sum(),
+            stored_pages: sum(|c| &c.stored_pages),
+            filled_pages: sum(|c| &c.filled_pages),
+            zero_pages: sum(|c| &c.zero_pages),
+            live_bytes,
+            segments_used: u64::from(s.held_frames.load(Ordering::Relaxed).saturating_sub(s.arena.frames_ready())),
+            segment_bytes: s.arena.segment_bytes() as u64,
+            reserve_bytes: u64::from(s.arena.frames_ready()) * s.arena.segment_bytes() as u64,
+            held_bytes: s.held_bytes(),
+            limit_bytes: s.config.limit_bytes,
+            map_bytes: s.map.nodes.load(Ordering::Relaxed) * PAGE_BYTES as u64,
+            table_bytes: u64::from(known) * crate::arena::SEGMENT_ENTRY_BYTES as u64,
+            read_pages: sum_u(|c| &c.reads),
+            written_pages: sum_u(|c| &c.writes),
+            refused_writes: sum_u(|c| &c.refused),
+            cleaned_segments: s.cleaned.load(Ordering::Relaxed),
+        }
+    }
+
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.owner.shared
+    }
+
+    fn take_lane(&self) -> Result<usize> {
+        let mut lanes = self.shared().lanes.lock().unwrap_or_else(PoisonError::into_inner);
+        let free = lanes.iter().position(|taken| !taken);
+        let index = free.ok_or(Error::TooMany { what: "lanes", max: self.shared().config.max_lanes })?;
+        lanes[index] = true;
+        Ok(index)
+    }
+
+    fn put_lane(&self, index: usize) {
+        self.shared().lanes.lock().unwrap_or_else(PoisonError::into_inner)[index] = false;
+    }
+}
+
+fn start(shared: &Arc<Shared>, name: &'static str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
+    let hook = shared.config.thread_start;
+    let thread = std::thread::Builder::new().name(format!("ghost-{name}")).stack_size(256 << 10).spawn(move || {
+        if let Some(hook) = hook {
+            hook(name);
+        }
+        body();
+    });
+    thread.map_err(|_| system("starting a background thread"))
+}

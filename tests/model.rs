@@ -1,0 +1,263 @@
+//! The store against a plain `BTreeMap`: random reads, writes, discards and zeroes over several
+//! volumes and threads, with limits so tiny that cleaning runs all the time.
+//!
+//! Each thread owns a range of each volume and keeps the model of it, so every read can be checked
+//! to the byte while all threads share segments, cleaner and map (ranges meet within clusters, so
+//! leaves are made and taken out by several threads at once).
+//!
+//! `GHOSTSWAP_MODEL_OPS` (operations in all, default 200000) and `GHOSTSWAP_MODEL_SEED` repeat a run.
+
+use ghostswap::{Error, Store, StoreConfig};
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+const PAGE: u64 = 4096;
+const THREADS: u64 = 4;
+/// Pages of a thread's range in one volume; ranges interleave in stripes of 64 pages.
+const RANGE_PAGES: u64 = 640;
+
+/// xorshift64*: small, seeded, good enough to choose operations.
+struct Rng(u64);
+
+impl Rng {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+    fn below(&mut self, n: u64) -> u64 {
+        (self.next() >> 11) % n
+    }
+}
+
+/// A page's content: zero, same-filled (also with patterns that need a record), compressible to
+/// various degrees, random.
+fn content(rng: &mut Rng, out: &mut [u8]) {
+    let kind = rng.below(16);
+    match kind {
+        0 => out.fill(0),
+        1 => out.fill(rng.next() as u8),
+        2 => {
+            let p = rng.next().to_le_bytes();
+            out.chunks_mut(8).for_each(|c| c.copy_from_slice(&p[..c.len()]));
+        }
+        3 => out.chunks_mut(8).for_each(|c| c.copy_from_slice(&rng.next().to_le_bytes()[..c.len()])),
+        _ => {
+            let step = rng.below(61) + 1;
+            let salt = rng.next();
+            let noisy = out.len() * (kind as usize - 3) / 26;
+            for (i, b) in out.iter_mut().enumerate() {
+                *b = ((i as u64 / step) ^ salt) as u8;
+            }
+            out[..noisy].chunks_mut(8).for_each(|c| c.copy_from_slice(&rng.next().to_le_bytes()[..c.len()]));
+        }
+    }
+}
+
+/// Page number in the volume of page `i` of thread `t`'s range.
+fn page_of(t: u64, i: u64, far: bool) -> u64 {
+    let near = (i / 64 * THREADS + t) * 64 + i % 64;
+    // The last stripes stand near the end of a 16T volume: inner nodes come and go.
+    if far && i >= RANGE_PAGES - 128 { (1 << 32) - 1 - near } else { near }
+}
+
+struct Worker {
+    lane: ghostswap::Lane,
+    model: BTreeMap<u64, Vec<u8>>,
+    thread: u64,
+    far: bool,
+}
+
+impl Worker {
+    fn step(&mut self, rng: &mut Rng, buf: &mut [u8]) -> Result<(), String> {
+        let i = rng.below(RANGE_PAGES);
+        // A run that stays within the stripe (and ascends in the volume).
+        let run = if self.far && i >= RANGE_PAGES - 128 { 1 } else { (rng.below(20) + 1).min(64 - i % 64) };
+        let page = page_of(self.thread, i, self.far);
+        match rng.below(100) {
+            0..=39 => self.read(page, run, buf),
+            40..=76 => {
+                let bytes = &mut buf[..(run * PAGE) as usize];
+                bytes.chunks_mut(PAGE as usize).for_each(|p| content(rng, p));
+                self.write(page * PAGE, run, bytes.to_vec())
+            }
+            77..=84 => {
+                // Sectors within the run: read-modify-write at the edges.
+                let from = rng.below(run * 8);
+                let n = rng.below(run * 8 - from) + 1;
+                let mut bytes = vec![0; (n * 512) as usize];
+                content(rng, &mut bytes);
+                self.write(page * PAGE + from * 512, n, bytes)
+            }
+            85..=92 => {
+                self.lane.discard(page * PAGE, run * PAGE).map_err(|e| e.to_string())?;
+                (page..page + run).for_each(|p| drop(self.model.remove(&p)));
+                Ok(())
+            }
+            _ => {
+                let from = rng.below(run * 8);
+                let n = rng.below(run * 8 - from) + 1;
+                let at = page * PAGE + from * 512;
+                self.lane.write_zeroes(at, n * 512).map_err(|e| e.to_string())?;
+                self.put(at, &vec![0; (n * 512) as usize]);
+                Ok(())
+            }
+        }
+    }
+
+    fn put(&mut self, at: u64, bytes: &[u8]) {
+        for (k, sector) in bytes.chunks(512).enumerate() {
+            let pos = at + k as u64 * 512;
+            let page = self.model.entry(pos / PAGE).or_insert_with(|| vec![0; PAGE as usize]);
+            page[(pos % PAGE) as usize..][..512].copy_from_slice(sector);
+        }
+    }
+
+    fn write(&mut self, at: u64, _n: u64, bytes: Vec<u8>) -> Result<(), String> {
+        self.lane.write(at, &bytes).map_err(|e| format!("write at {at}: {e}"))?;
+        self.put(at, &bytes);
+        Ok(())
+    }
+
+    fn read(&mut self, page: u64, run: u64, buf: &mut [u8]) -> Result<(), String> {
+        let buf = &mut buf[..(run * PAGE) as usize];
+        self.lane.read(page * PAGE, buf).map_err(|e| e.to_string())?;
+        for (k, got) in buf.chunks(PAGE as usize).enumerate() {
+            let p = page + k as u64;
+            let good = match self.model.get(&p) {
+                Some(want) => want == got,
+                None => got.iter().all(|b| *b == 0),
+            };
+            if !good {
+                return Err(format!("page {p} differs from the model"));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn env(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().map_or(default, |v| v.parse().unwrap())
+}
+
+fn run(tier: &str) {
+    let ops = env("GHOSTSWAP_MODEL_OPS", 200_000) / 4;
+    let seed = env("GHOSTSWAP_MODEL_SEED", Instant::now().elapsed().as_nanos() as u64 ^ u64::from(std::process::id()) << 20 ^ 0x9e37_79b9);
+    println!("{tier}: {ops} operations; repeat with GHOSTSWAP_MODEL_SEED={seed} cargo test --release --test model");
+    let config = StoreConfig {
+        tiers: vec![tier.parse().unwrap()],
+        segment_bytes: Some(64 << 10),
+        max_lanes: 16,
+        ..StoreConfig::default()
+    };
+    let store = Store::open(config).unwrap();
+    let volumes = [store.create_volume(ghostswap::MAX_VOLUME_BYTES).unwrap(), store.create_volume(64 << 20).unwrap()];
+    std::thread::scope(|scope| {
+        for thread in 0..THREADS {
+            let mut workers: Vec<_> = volumes
+                .iter()
+                .map(|v| Worker { lane: v.lane().unwrap(), model: BTreeMap::new(), thread, far: v.bytes() > 1 << 40 })
+                .collect();
+            scope.spawn(move || {
+                let mut rng = Rng(seed.wrapping_mul(thread * 2 + 1) | 1);
+                let mut buf = vec![0; 64 * PAGE as usize];
+                for op in 0..ops / THREADS {
+                    let w = rng.below(2) as usize;
+                    if let Err(e) = workers[w].step(&mut rng, &mut buf) {
+                        panic!("seed {seed}, thread {thread}, volume {w}, operation {op}: {e}");
+                    }
+                }
+                for w in &mut workers {
+                    for i in 0..RANGE_PAGES {
+                        let page = page_of(thread, i, w.far);
+                        w.read(page, 1, &mut buf).unwrap_or_else(|e| panic!("seed {seed}, at the end: {e}"));
+                    }
+                }
+            });
+        }
+    });
+    let full = store.stats();
+    println!("{full}");
+    assert!(full.cleaned_segments > 0, "the limit is tiny enough for the cleaner to work");
+    for v in &volumes {
+        v.lane().unwrap().discard(0, v.bytes()).unwrap();
+    }
+    let stats = store.stats();
+    assert_eq!((stats.stored_pages, stats.filled_pages, stats.zero_pages), (0, 0, 0), "{stats}");
+    assert_eq!(stats.live_bytes, 0, "exact accounting: {stats}");
+    assert_eq!(stats.map_bytes, 0, "every leaf and node is given back: {stats}");
+}
+
+#[test]
+fn lz4_single_pages() {
+    run("ram,limit=14M,codec=lz4");
+}
+
+#[test]
+fn lz4_groups() {
+    run("ram,limit=14M,codec=lz4,group=64K");
+}
+
+#[test]
+fn zstd_groups() {
+    run("ram,limit=14M,codec=zstd:1,group=16K");
+}
+
+#[test]
+fn zstd_single_pages() {
+    run("ram,limit=14M,codec=zstd:-1");
+}
+
+#[test]
+fn at_the_limit_writes_are_refused_and_nothing_acknowledged_is_lost() {
+    let config = StoreConfig { tiers: vec!["ram,limit=8M".parse().unwrap()], ..StoreConfig::default() };
+    let store = Store::open(config).unwrap();
+    let volume = store.create_volume(1 << 30).unwrap();
+    let mut lane = volume.lane().unwrap();
+    let mut rng = Rng(42);
+    let mut pages = Vec::new();
+    loop {
+        let page: Vec<u8> = (0..512).flat_map(|_| rng.next().to_le_bytes()).collect();
+        match lane.write(pages.len() as u64 * PAGE, &page) {
+            Ok(()) => pages.push(page),
+            Err(Error::NoSpace) => break,
+            Err(e) => panic!("{e}"),
+        }
+    }
+    assert!(pages.len() > 1500, "8M hold more than 6M of incompressible pages: {}", pages.len());
+    let mut got = vec![0; PAGE as usize];
+    for (i, page) in pages.iter().enumerate() {
+        lane.read(i as u64 * PAGE, &mut got).unwrap();
+        assert!(got == *page, "page {i}");
+    }
+    lane.discard(0, 4 << 20).unwrap();
+    lane.write(512 << 20, &pages[0]).unwrap();
+}
+
+#[test]
+fn memory_goes_back_when_everything_is_discarded() {
+    let config = StoreConfig { tiers: vec!["ram,limit=256M".parse().unwrap()], ..StoreConfig::default() };
+    let store = Store::open(config).unwrap();
+    let idle = store.stats().held_bytes;
+    let volume = store.create_volume(1 << 40).unwrap();
+    let mut lane = volume.lane().unwrap();
+    let mut rng = Rng(7);
+    let mut buf = vec![0; 64 * PAGE as usize];
+    for i in 0..400u64 {
+        buf.chunks_mut(8).for_each(|c| c.copy_from_slice(&rng.next().to_le_bytes()));
+        lane.write(i * buf.len() as u64, &buf).unwrap();
+    }
+    let peak = store.stats().held_bytes;
+    lane.discard(0, volume.bytes()).unwrap();
+    // Open segments belong to the lane until it closes.
+    drop(lane);
+    let deadline = Instant::now() + Duration::from_secs(20);
+    assert!(peak > 100 << 20);
+    // The cleaner's open segment and a little metadata may be on top.
+    while store.stats().held_bytes > idle + (2 << 20) {
+        assert!(Instant::now() < deadline, "held {}, idle {idle}, peak {peak}", store.stats().held_bytes);
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(store.stats().stored_pages, 0);
+}
