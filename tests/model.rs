@@ -59,7 +59,11 @@ fn content(rng: &mut Rng, out: &mut [u8]) {
 fn page_of(t: u64, i: u64, far: bool) -> u64 {
     let near = (i / 64 * THREADS + t) * 64 + i % 64;
     // The last stripes stand near the end of a 16T volume: inner nodes come and go.
-    if far && i >= RANGE_PAGES - 128 { (1 << 32) - 1 - near } else { near }
+    if far && i >= RANGE_PAGES - 128 {
+        (1 << 32) - 1 - near
+    } else {
+        near
+    }
 }
 
 struct Worker {
@@ -143,7 +147,10 @@ fn env(name: &str, default: u64) -> u64 {
 
 fn run(tier: &str) {
     let ops = env("GHOSTSWAP_MODEL_OPS", 200_000) / 4;
-    let seed = env("GHOSTSWAP_MODEL_SEED", Instant::now().elapsed().as_nanos() as u64 ^ u64::from(std::process::id()) << 20 ^ 0x9e37_79b9);
+    let seed = env(
+        "GHOSTSWAP_MODEL_SEED",
+        Instant::now().elapsed().as_nanos() as u64 ^ u64::from(std::process::id()) << 20 ^ 0x9e37_79b9,
+    );
     println!("{tier}: {ops} operations; repeat with GHOSTSWAP_MODEL_SEED={seed} cargo test --release --test model");
     let config = StoreConfig {
         tiers: vec![tier.parse().unwrap()],

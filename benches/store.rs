@@ -1,0 +1,232 @@
+//! The store against the bare codec on the same captured pages, side by side in one run; two
+//! threads against one; metadata and density under random overwrite at the limit.
+//!
+//! `cargo bench --bench store`. Figures are medians of the rounds, in CPU-neutral wall time of one
+//! machine: read the ratios. The bare codec is C lz4 through the calls that the store uses, or
+//! zstd with a kept context, page after page into and out of one buffer that holds them all.
+
+use ghostswap::{Store, StoreConfig};
+use std::time::Instant;
+
+const PAGE: usize = 4096;
+const ROUNDS: usize = 7;
+
+fn corpus() -> Vec<u8> {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/pages.bin.zst");
+    zstd::decode_all(std::fs::File::open(path).expect("the corpus is in the tree")).expect("the corpus is zstd")
+}
+
+/// Pages that the codec gets to see: same-filled ones never do.
+fn real_pages(corpus: &[u8]) -> Vec<u8> {
+    corpus.chunks_exact(PAGE).filter(|p| p[8..] != p[..PAGE - 8]).flatten().copied().collect()
+}
+
+fn median(mut v: Vec<f64>) -> f64 {
+    v.sort_by(f64::total_cmp);
+    v[v.len() / 2]
+}
+
+fn time(pages: usize, body: impl FnOnce()) -> f64 {
+    let start = Instant::now();
+    body();
+    start.elapsed().as_nanos() as f64 / pages as f64
+}
+
+enum Bare {
+    Lz4(Vec<u8>),
+    Zstd(zstd::bulk::Compressor<'static>, zstd::bulk::Decompressor<'static>),
+}
+
+extern "C" {
+    fn LZ4_initStream(buffer: *mut std::ffi::c_void, size: usize) -> *mut std::ffi::c_void;
+    fn LZ4_sizeofState() -> std::ffi::c_int;
+    fn LZ4_compress_fast_extState_fastReset(
+        state: *mut std::ffi::c_void,
+        src: *const std::ffi::c_char,
+        dst: *mut std::ffi::c_char,
+        src_len: std::ffi::c_int,
+        dst_cap: std::ffi::c_int,
+        acceleration: std::ffi::c_int,
+    ) -> std::ffi::c_int;
+    fn LZ4_decompress_safe(
+        src: *const std::ffi::c_char,
+        dst: *mut std::ffi::c_char,
+        len: std::ffi::c_int,
+        cap: std::ffi::c_int,
+    ) -> std::ffi::c_int;
+}
+
+#[allow(unsafe_code, reason = "the C library's interface")]
+impl Bare {
+    fn new(codec: &str) -> Bare {
+        if codec == "lz4" {
+            // SAFETY: the buffer has the size the library asks for.
+            unsafe {
+                let mut state = vec![0u8; LZ4_sizeofState() as usize];
+                LZ4_initStream(state.as_mut_ptr().cast(), state.len());
+                return Bare::Lz4(state);
+            }
+        }
+        Bare::Zstd(
+            zstd::bulk::Compressor::new(1).expect("level 1"),
+            zstd::bulk::Decompressor::new().expect("a context"),
+        )
+    }
+
+    /// Compressed length; 0 if it does not fit.
+    fn compress(&mut self, src: &[u8], dst: &mut [u8]) -> usize {
+        match self {
+            // SAFETY: lengths are those of the slices.
+            Bare::Lz4(state) => unsafe {
+                LZ4_compress_fast_extState_fastReset(
+                    state.as_mut_ptr().cast(),
+                    src.as_ptr().cast(),
+                    dst.as_mut_ptr().cast(),
+                    src.len() as i32,
+                    dst.len() as i32,
+                    1,
+                ) as usize
+            },
+            Bare::Zstd(c, _) => c.compress_to_buffer(src, dst).unwrap_or(0),
+        }
+    }
+
+    fn decompress(&mut self, src: &[u8], dst: &mut [u8]) {
+        match self {
+            // SAFETY: lengths are those of the slices.
+            Bare::Lz4(_) => unsafe {
+                LZ4_decompress_safe(src.as_ptr().cast(), dst.as_mut_ptr().cast(), src.len() as i32, dst.len() as i32);
+            },
+            Bare::Zstd(_, d) => {
+                d.decompress_to_buffer(src, dst).expect("it was compressed");
+            }
+        }
+    }
+}
+
+fn store(limit: &str, codec: &str) -> Store {
+    let tier = format!("ram,limit={limit},codec={codec}").parse().expect("a tier");
+    Store::open(StoreConfig { tiers: vec![tier], ..StoreConfig::default() }).expect("a store")
+}
+
+/// ns/page of writing and reading through the store and through the bare codec, in turn.
+fn against_codec(codec: &str, plain: &[u8]) {
+    let pages = plain.len() / PAGE;
+    let store = store("512M", codec);
+    let volume = store.create_volume(1 << 40).expect("a volume");
+    let mut lane = volume.lane().expect("a lane");
+    let mut bare = Bare::new(codec);
+    let mut packed = vec![1u8; plain.len() + PAGE];
+    let mut spans = vec![(0usize, 0usize); pages];
+    let mut out = vec![1u8; PAGE];
+    let (mut bw, mut br, mut sw, mut sr) = (vec![], vec![], vec![], vec![]);
+    // The first round warms up: first touch of memory is not what is measured.
+    for round in 0..=ROUNDS {
+        let w = time(pages, || {
+            let mut at = 0;
+            for (i, p) in plain.chunks_exact(PAGE).enumerate() {
+                let n = bare.compress(p, &mut packed[at..at + PAGE - 256]);
+                spans[i] = (at, n);
+                at += n;
+            }
+        });
+        let r = time(pages, || {
+            spans.iter().filter(|s| s.1 > 0).for_each(|&(at, n)| bare.decompress(&packed[at..at + n], &mut out))
+        });
+        let ow = time(pages, || {
+            plain.chunks_exact(PAGE).enumerate().for_each(|(i, p)| lane.write((i * PAGE) as u64, p).expect("room"));
+        });
+        let or = time(pages, || (0..pages).for_each(|i| lane.read((i * PAGE) as u64, &mut out).expect("there")));
+        if round > 0 {
+            bw.push(w);
+            br.push(r);
+            sw.push(ow);
+            sr.push(or);
+        }
+    }
+    let (bw, br, sw, sr) = (median(bw), median(br), median(sw), median(sr));
+    println!(
+        "{codec:8} write {sw:6.0} ns/page, codec alone {bw:6.0}: {:.3}    read {sr:6.0}, codec alone {br:6.0}: {:.3}",
+        sw / bw,
+        sr / br
+    );
+}
+
+/// Pages a second of one thread and of two, overwriting, in turn.
+fn two_threads(codec: &str, plain: &[u8]) {
+    let pages = plain.len() / PAGE;
+    let store = store("512M", codec);
+    let volume = store.create_volume(1 << 40).expect("a volume");
+    let mut lanes: Vec<_> = (0..2).map(|_| volume.lane().expect("a lane")).collect();
+    let (mut one, mut two) = (vec![], vec![]);
+    let work = |lane: &mut ghostswap::Lane, base: u64| {
+        plain.chunks_exact(PAGE).enumerate().for_each(|(i, p)| lane.write(base + (i * PAGE) as u64, p).expect("room"));
+    };
+    for round in 0..=ROUNDS {
+        let t1 = time(pages, || work(&mut lanes[0], 0));
+        let t2 = time(2 * pages, || {
+            std::thread::scope(|s| {
+                for (k, lane) in lanes.iter_mut().enumerate() {
+                    s.spawn(move || work(lane, (k as u64) << 30));
+                }
+            });
+        });
+        if round > 0 {
+            one.push(t1);
+            two.push(t2);
+        }
+    }
+    println!("{codec:8} two threads write {:.2} times what one does", median(one) / median(two));
+}
+
+/// Random overwrite with as much live as the limit holds at 1.10 held / live.
+fn overwrite_at_limit(plain: &[u8]) {
+    let limit = 128u64 << 20;
+    let store = store("128M", "lz4");
+    let volume = store.create_volume(1 << 40).expect("a volume");
+    let mut lane = volume.lane().expect("a lane");
+    let pages = plain.len() / PAGE;
+    let mut n = 0u64;
+    while store.stats().live_bytes + store.stats().map_bytes < limit * 100 / 109 {
+        for _ in 0..256 {
+            let k = n as usize % pages;
+            lane.write(n * PAGE as u64, &plain[k * PAGE..][..PAGE]).expect("room");
+            n += 1;
+        }
+    }
+    let mut x = 88_172_645_463_325_252u64;
+    let mut rates = vec![];
+    for round in 0..=4 {
+        let t = time(n as usize, || {
+            for _ in 0..n {
+                x ^= x << 13;
+                x ^= x >> 7;
+                x ^= x << 17;
+                let k = x as usize % pages;
+                lane.write((x >> 20) % n * PAGE as u64, &plain[k * PAGE..][..PAGE]).expect("room");
+            }
+        });
+        if round > 0 {
+            rates.push(t);
+        }
+    }
+    let s = store.stats();
+    println!(
+        "overwrite at the limit: {n} pages, held / live {:.3}, {:.0} ns/page, {} segments cleaned, {} refused, metadata {:.2} bytes per stored page",
+        s.held_bytes as f64 / s.live_bytes as f64,
+        median(rates),
+        s.cleaned_segments,
+        s.refused_writes,
+        s.metadata_per_page()
+    );
+}
+
+fn main() {
+    let plain = real_pages(&corpus());
+    println!("{} captured pages that are not same-filled; medians of {ROUNDS} rounds", plain.len() / PAGE);
+    for codec in ["lz4", "zstd:1"] {
+        against_codec(codec, &plain);
+        two_threads(codec, &plain);
+    }
+    overwrite_at_limit(&plain);
+}

@@ -1,0 +1,20 @@
+# What people do here. `just` lists it.
+default:
+    @just --list
+
+# Formatting and lints
+check:
+    cargo fmt --all --check
+    cargo clippy --workspace --all-targets --release -- -D warnings
+
+# Everything, real kernels included
+test:
+    ./scripts/test
+
+# The main job in a guest
+vm *ARGS:
+    ./scripts/quickstart {{ARGS}}
+
+# The store against the bare codec, and density under overwrite
+bench:
+    cargo bench --bench store

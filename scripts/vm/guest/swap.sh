@@ -1,0 +1,46 @@
+#!/bin/sh
+# In the guest: a 16T ghost device as swap, a verifying hog, what was stored where.
+# Arguments: AREA (whole | a size for the swap area, by its header), HOG_MIB, THP (always | never),
+#            TIER (of --tier), SECONDS of touching, THREADS
+set -eu
+area=$1 hog=$2 thp=$3 tier=$4 seconds=$5 threads=${6:-2}
+echo "$thp" > /sys/kernel/mm/transparent_hugepage/enabled
+echo "kernel $(uname -r), THP $thp, hog $hog MiB, tier $tier"
+t0=$(cut -d' ' -f1 /proc/uptime)
+dev=$(ghostswap-ublk add --size 16T --tier "$tier")
+t1=$(cut -d' ' -f1 /proc/uptime)
+echo "live after $(echo "$t0 $t1" | awk '{printf "%.2f", $2-$1}') s: $dev"
+pid=$(pidof ghostswap-ublk | tr ' ' '\n' | tail -n 1)
+echo "idle daemon: $(grep VmRSS /proc/$pid/status | tr -s '\t ' ' ')"
+if [ "$area" = whole ]; then
+    mkswap "$dev" > /dev/null
+else
+    # A header for a smaller area: made on a sparse file of that size, then copied.
+    truncate -s "$area" /tmp/header
+    mkswap /tmp/header > /dev/null
+    dd if=/tmp/header of="$dev" bs=4096 count=1 conv=notrunc 2> /dev/null
+    rm /tmp/header
+fi
+swapon --discard=pages "$dev"
+rc=0
+ghostswap-hog --mib "$hog" --threads "$threads" --seconds "$seconds" --thp "$thp" --hold > /tmp/hog.out 2>&1 &
+hogpid=$!
+# The hog holds its memory until it is told to go, so that what is shown is shown under load.
+while kill -0 $hogpid 2> /dev/null && ! grep -q holding /tmp/hog.out; do sleep 0.2; done
+cat /tmp/hog.out
+echo "--- free -m"; free -m
+echo "--- /proc/swaps"; cat /proc/swaps
+echo "--- status"; ghostswap-ublk status
+kill $hogpid 2> /dev/null || rc=1
+wait $hogpid || [ $? -eq 143 ] || rc=1
+grep -q 'errors 0' /tmp/hog.out || rc=1
+sleep 3
+swapoff "$dev"
+blkdiscard "$dev"
+sleep 4
+echo "--- status after everything was discarded"; ghostswap-ublk status
+ghostswap-ublk status --json > /tmp/status
+grep -q '"stored_pages":0' /tmp/status || { echo "pages are still stored"; rc=1; }
+ghostswap-ublk del 0
+if dmesg | grep -E 'Write-error|I/O error|Out of memory|page allocation stall|blocked for more'; then rc=1; fi
+exit $rc
