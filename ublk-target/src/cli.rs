@@ -1,0 +1,114 @@
+//! The command line: raw arguments become checked values here and nowhere else.
+
+use clap::{Args, Parser, Subcommand};
+use ghostswap::config::{parse_size, TierConfig};
+use ghostswap::MAX_VOLUME_BYTES;
+
+/// The tier taken when none is given.
+pub const DEFAULT_TIER: &str = "ram,limit=50%,codec=lz4";
+
+/// A compressed, sparse store as a swap device.
+#[derive(Parser)]
+#[command(name = "ghostswap-ublk", version, about)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Subcommand)]
+pub enum Command {
+    /// Make a device and serve it; prints its path once it is live
+    Add(Add),
+    /// List the devices
+    List,
+    /// Report what devices hold and what that costs
+    Status(Status),
+    /// Stop and remove a device
+    Del(Del),
+}
+
+/// `add`.
+#[derive(Args, Clone)]
+pub struct Add {
+    /// Size of the device, a label: only what is stored costs memory
+    #[arg(long, default_value = "16T", value_parser = volume_bytes)]
+    pub size: u64,
+    /// Number of the device, as in /dev/ublkbN [default: the next free one]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(0..=1_048_575))]
+    pub id: Option<u32>,
+    /// Hardware queues, one thread each (two or more keep the kernel's I/O scheduler away)
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub queues: u16,
+    /// Requests in flight for each queue
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub depth: u16,
+    /// Where pages are kept, hottest first, as in ram,limit=4G,codec=lz4 [default: ram,limit=50%,codec=lz4]
+    #[arg(long = "tier", value_name = "SPEC", value_parser = tier)]
+    pub tiers: Vec<TierConfig>,
+    /// Stay in the foreground and log to stderr
+    #[arg(long)]
+    pub foreground: bool,
+    /// Make the device a swap area and turn it on
+    #[arg(long)]
+    pub swapon: bool,
+}
+
+/// `status`.
+#[derive(Args)]
+pub struct Status {
+    /// Number of the device [default: all]
+    pub id: Option<u32>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `del`.
+#[derive(Args)]
+pub struct Del {
+    /// Number of the device
+    pub id: u32,
+    /// Remove it even while it is in use as swap: whatever is swapped out there is lost
+    #[arg(long)]
+    pub force: bool,
+}
+
+fn volume_bytes(text: &str) -> Result<u64, String> {
+    let bytes = parse_size(text)?;
+    if bytes == 0 {
+        return Err("a device needs a size above 0".into());
+    }
+    if bytes > MAX_VOLUME_BYTES {
+        return Err("at most 16T".into());
+    }
+    if bytes % 4096 != 0 {
+        return Err("the size must be a multiple of 4096".into());
+    }
+    Ok(bytes)
+}
+
+fn tier(text: &str) -> Result<TierConfig, String> {
+    text.parse()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn command_line_is_consistent() {
+        Cli::command().debug_assert();
+        assert!(tier(DEFAULT_TIER).is_ok());
+    }
+
+    #[test]
+    fn sizes_are_checked() {
+        assert_eq!(volume_bytes("16T"), Ok(16 << 40));
+        for bad in ["0", "17T", "4097", "x"] {
+            assert!(volume_bytes(bad).is_err(), "{bad}");
+        }
+    }
+}

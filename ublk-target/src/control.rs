@@ -1,0 +1,166 @@
+//! The control socket of a device: `/run/ghostswap/ublkN.sock`, mode 0600. One request and one
+//! answer for each connection, each a line of JSON:
+//!
+//! | request | answer |
+//! |---|---|
+//! | `{"cmd":"status"}` | `{"ok":true,"device":{…,"stats":{…}},"report":"…"}` |
+//! | `{"cmd":"stop","force":false}` | `{"ok":true}` once the device is going away |
+//!
+//! A refusal is `{"ok":false,"error":"one line"}`. The main thread serves it; a client that sends
+//! nothing is cut off after a second.
+
+use anyhow::{anyhow, bail, Context, Result};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Longest request line.
+const LINE_BYTES: u64 = 4096;
+const CLIENT_PATIENCE: Duration = Duration::from_secs(1);
+/// Stopping a device waits for its requests.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(30);
+
+/// A request.
+#[derive(Debug, Serialize, Deserialize, PartialEq)]
+#[serde(tag = "cmd", rename_all = "lowercase")]
+pub enum Request {
+    /// Describe the device and its store.
+    Status,
+    /// Stop and remove the device.
+    Stop {
+        /// Even while it is in use as swap.
+        #[serde(default)]
+        force: bool,
+    },
+}
+
+/// An answer.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct Answer {
+    /// Whether the request was carried out.
+    pub ok: bool,
+    /// Why not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// The device as `status --json` prints it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device: Option<Value>,
+    /// The store's statistics for people.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub report: Option<String>,
+}
+
+impl Answer {
+    /// A refusal.
+    pub fn refusal(error: impl Into<String>) -> Self {
+        Answer { error: Some(error.into()), ..Answer::default() }
+    }
+}
+
+/// Where sockets and logs are: `/run/ghostswap`, or `$GHOSTSWAP_RUN_DIR`.
+pub fn run_dir() -> PathBuf {
+    std::env::var_os("GHOSTSWAP_RUN_DIR").map_or_else(|| PathBuf::from("/run/ghostswap"), PathBuf::from)
+}
+
+/// The socket of a device.
+pub fn socket_path(id: u32) -> PathBuf {
+    run_dir().join(format!("ublk{id}.sock"))
+}
+
+/// Devices that have a socket, in order; their daemons may be dead.
+pub fn known_ids() -> Vec<u32> {
+    let Ok(entries) = std::fs::read_dir(run_dir()) else { return Vec::new() };
+    let id = |name: &str| name.strip_prefix("ublk")?.strip_suffix(".sock")?.parse().ok();
+    let mut ids: Vec<u32> = entries.flatten().filter_map(|e| id(e.file_name().to_str()?)).collect();
+    ids.sort_unstable();
+    ids
+}
+
+/// Opens the socket of a new device. A socket that no one listens on is replaced.
+pub fn listen(id: u32) -> Result<UnixListener> {
+    let path = socket_path(id);
+    std::fs::create_dir_all(run_dir()).with_context(|| format!("cannot make {}", run_dir().display()))?;
+    if UnixStream::connect(&path).is_ok() {
+        bail!("another daemon listens on {}", path.display());
+    }
+    let _ = std::fs::remove_file(&path);
+    let listener = UnixListener::bind(&path).with_context(|| format!("cannot listen on {}", path.display()))?;
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
+
+/// Sends a request to a device's daemon. `None`: there is no daemon.
+pub fn ask(id: u32, request: &Request) -> Result<Option<Answer>> {
+    let path = socket_path(id);
+    let mut stream = match UnixStream::connect(&path) {
+        Ok(stream) => stream,
+        Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => return Ok(None),
+        Err(e) => return Err(anyhow!("cannot talk to the daemon of ublkb{id}: {e}")),
+    };
+    stream.set_read_timeout(Some(ANSWER_PATIENCE))?;
+    stream.write_all(format!("{}\n", serde_json::to_string(request)?).as_bytes())?;
+    let mut line = String::new();
+    BufReader::new(stream).read_line(&mut line).with_context(|| format!("no answer from the daemon of ublkb{id}"))?;
+    let answer = serde_json::from_str(&line).with_context(|| format!("bad answer from the daemon of ublkb{id}"))?;
+    Ok(Some(answer))
+}
+
+/// Serves the connection that waits, if one does.
+pub fn serve_one(listener: &UnixListener, carry_out: impl FnOnce(Request) -> Answer) -> Result<()> {
+    let (mut stream, _) = match listener.accept() {
+        Ok(accepted) => accepted,
+        Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(()),
+        Err(e) => return Err(e.into()),
+    };
+    stream.set_read_timeout(Some(CLIENT_PATIENCE))?;
+    stream.set_write_timeout(Some(CLIENT_PATIENCE))?;
+    let mut line = String::new();
+    BufReader::new((&stream).take(LINE_BYTES)).read_line(&mut line)?;
+    let answer = match serde_json::from_str(&line) {
+        Ok(request) => carry_out(request),
+        Err(e) => Answer::refusal(format!("bad request: {e}")),
+    };
+    stream.write_all(format!("{}\n", serde_json::to_string(&answer)?).as_bytes())?;
+    Ok(())
+}
+
+/// Whether the kernel swaps to the device now, by the lines of /proc/swaps.
+pub fn in_use_as_swap(device: &Path) -> bool {
+    let swaps = std::fs::read_to_string("/proc/swaps").unwrap_or_default();
+    lists_swap(&swaps, device)
+}
+
+/// The device itself or a partition of it.
+fn lists_swap(swaps: &str, device: &Path) -> bool {
+    let Some(device) = device.to_str() else { return false };
+    swaps.lines().filter_map(|l| l.split_ascii_whitespace().next()).any(|area| {
+        let rest = area.strip_prefix(device);
+        rest.is_some_and(|r| r.is_empty() || (r.starts_with('p') && r[1..].bytes().all(|b| b.is_ascii_digit())))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_are_as_documented() {
+        assert_eq!(serde_json::from_str::<Request>(r#"{"cmd":"status"}"#).unwrap(), Request::Status);
+        assert_eq!(serde_json::from_str::<Request>(r#"{"cmd":"stop"}"#).unwrap(), Request::Stop { force: false });
+    }
+
+    #[test]
+    fn finds_device_and_partitions_among_swaps() {
+        let swaps = "Filename Type Size\n/dev/ublkb1p2 partition 4\n/dev/ublkb3 partition 4\n";
+        for (device, listed) in
+            [("/dev/ublkb1", true), ("/dev/ublkb3", true), ("/dev/ublkb", false), ("/dev/ublkb2", false)]
+        {
+            assert_eq!(lists_swap(swaps, Path::new(device)), listed, "{device}");
+        }
+    }
+}

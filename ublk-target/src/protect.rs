@@ -1,0 +1,145 @@
+//! Keeps the daemon alive while it is the swap device: nothing it touches on the I/O path may be
+//! paged out, and no thread of it may wait for reclaim to write to its own device.
+//!
+//! Order: [`process`] first (before any thread and before the store maps its arena), then
+//! [`thread`] at the start of every thread, then [`make_resident`] once all threads are up and
+//! before the device goes live.
+//!
+//! Locking is always ONFAULT: the arena is a sparse shared mapping far larger than memory, and a
+//! plain MCL_FUTURE would populate all of it.
+
+#![allow(unsafe_code)] // prctl, mlockall, madvise: the process's own memory and attributes.
+
+use anyhow::{bail, Context, Result};
+use std::io::Error as OsError;
+
+const PR_SET_IO_FLUSHER: libc::c_int = 57;
+const PR_GET_IO_FLUSHER: libc::c_int = 58;
+const MADV_POPULATE_READ: libc::c_int = 22;
+const MADV_POPULATE_WRITE: libc::c_int = 23;
+/// Private mappings above this are reservations, not working memory.
+const RESERVATION_BYTES: usize = 64 << 20;
+/// How much of the main thread's stack is touched beforehand.
+const MAIN_STACK_BYTES: usize = 64 << 10;
+
+/// Whether this process runs as root, where every protection is demanded and not only tried.
+pub fn is_root() -> bool {
+    // SAFETY: geteuid has no preconditions.
+    unsafe { libc::geteuid() == 0 }
+}
+
+/// Protects the process as a whole and its calling thread.
+pub fn process() -> Result<()> {
+    // SAFETY: called before any other thread exists; both options only tune the allocator.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
+    }
+    let unlimited = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
+    // SAFETY: the pointer is to a live rlimit.
+    let rc = unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &unlimited) };
+    demand(rc == 0, "cannot raise RLIMIT_MEMLOCK")?;
+    let killable = std::fs::write("/proc/self/oom_score_adj", "-1000");
+    if is_root() {
+        killable.context("cannot exempt the daemon from the OOM killer")?;
+    }
+    thread()?;
+    // SAFETY: ONFAULT locks pages as they come; no memory is touched.
+    let rc = unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE | libc::MCL_ONFAULT) };
+    demand(rc == 0, "cannot lock the daemon's memory")
+}
+
+/// Makes the calling thread an IO_FLUSHER and reads it back.
+pub fn thread() -> Result<()> {
+    // SAFETY: both options act on the calling thread and take no pointers.
+    let set = unsafe {
+        libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0);
+        libc::prctl(PR_GET_IO_FLUSHER, 0, 0, 0, 0) == 1
+    };
+    demand(set, "cannot make a thread an IO_FLUSHER")
+}
+
+/// For the store's background threads, which have no one to return an error to: a thread that
+/// could wait on the device it serves must not run at all.
+pub fn store_thread(name: &str) {
+    if let Err(e) = thread() {
+        tracing::error!("thread {name}: {e:#}");
+        std::process::abort();
+    }
+}
+
+fn demand(ok: bool, what: &str) -> Result<()> {
+    if ok || !is_root() {
+        return Ok(());
+    }
+    bail!("{what}: {}", OsError::last_os_error())
+}
+
+/// Brings every private mapping into memory, where the lock keeps it. Returns the bytes covered.
+pub fn make_resident() -> Result<usize> {
+    touch_main_stack();
+    let maps = std::fs::read_to_string("/proc/self/maps").context("cannot read /proc/self/maps")?;
+    let mut covered = 0;
+    for line in maps.lines() {
+        let Some((start, len, advice)) = wanted(line) else { continue };
+        // SAFETY: populating neither changes nor unmaps anything; a mapping that has gone away
+        // since it was listed makes the call fail.
+        let rc = unsafe { libc::madvise(start as *mut libc::c_void, len, advice) };
+        if rc == 0 {
+            covered += len;
+        } else {
+            tracing::warn!("not made resident: {line}: {}", OsError::last_os_error());
+        }
+    }
+    Ok(covered)
+}
+
+/// What to populate of one line of /proc/self/maps, and how.
+fn wanted(line: &str) -> Option<(usize, usize, libc::c_int)> {
+    let mut fields = line.split_ascii_whitespace();
+    let (start, end) = fields.next()?.split_once('-')?;
+    let perms = fields.next()?.as_bytes();
+    let name = fields.nth(3).unwrap_or("");
+    let start = usize::from_str_radix(start, 16).ok()?;
+    let len = usize::from_str_radix(end, 16).ok()?.checked_sub(start)?;
+    let special = name.starts_with("[v"); // [vvar], [vvar_vclock], [vdso], [vsyscall]
+    let shared = perms.get(3) != Some(&b'p');
+    if special || shared || len > RESERVATION_BYTES {
+        return None;
+    }
+    match (perms.first(), perms.get(1)) {
+        (_, Some(b'w')) => Some((start, len, MADV_POPULATE_WRITE)),
+        (Some(b'r'), _) => Some((start, len, MADV_POPULATE_READ)),
+        _ => None,
+    }
+}
+
+#[inline(never)]
+fn touch_main_stack() {
+    let mut space = [0u8; MAIN_STACK_BYTES];
+    for at in (0..MAIN_STACK_BYTES).step_by(4096) {
+        space[at] = 1;
+    }
+    std::hint::black_box(&mut space);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chooses_private_accessible_mappings_only() {
+        let w = |rest: &str| wanted(&format!("7f0000000000-7f0000002000 {rest}"));
+        assert_eq!(w("rw-p 00000000 00:00 0 [heap]"), Some((0x7f00_0000_0000, 8192, MADV_POPULATE_WRITE)));
+        assert_eq!(w("r-xp 00000000 08:01 7 /bin/x"), Some((0x7f00_0000_0000, 8192, MADV_POPULATE_READ)));
+        assert_eq!(w("rw-s 00000000 00:01 7 /memfd:ghostswap (deleted)"), None);
+        assert_eq!(w("---p 00000000 00:00 0"), None);
+        assert_eq!(w("r--p 00000000 00:00 0 [vvar]"), None);
+        assert_eq!(wanted("7f0000000000-7f0010000000 rw-p 00000000 00:00 0"), None);
+    }
+
+    #[test]
+    fn makes_itself_resident() {
+        assert!(make_resident().unwrap() > 0);
+    }
+}

@@ -1,0 +1,333 @@
+//! One ublk hardware queue: its thread, its lane into the store, its requests.
+//!
+//! Every request is read and written with `pread`/`pwrite` on the device's control node (user
+//! copy), through one 64 KiB buffer of the thread. Reads, discards and zeroes are served the moment
+//! they arrive. Writes queue up and are done a slice of 64 KiB at a time; between slices newly
+//! arrived requests come first, so a 512 KiB swap-out does not hold a page fault back.
+//!
+//! A write for which the store has no room is parked: it keeps its place while the thread serves
+//! reads and sleeps on a timer, and fails with ENOSPC after [`PATIENCE`] without progress. Refusals
+//! are at least [`REFUSAL_PAUSE`] apart: the kernel resubmits a refused page at once, and a
+//! queue that answered at full speed would do nothing else.
+//!
+//! Nothing here allocates, locks, logs or opens a file once the loop runs. Idle, a queue sleeps in
+//! `io_uring_enter`; one call submits a batch of completions and waits for the next requests.
+
+#![allow(unsafe_code)] // pread/pwrite on a borrowed descriptor; pushing a timer on the ring.
+
+use anyhow::{anyhow, Context, Result};
+use ghostswap::{Error, Lane};
+use io_uring::{cqueue, opcode, squeue, types, IoUring};
+use libublk::io::{BufDesc, BufDescList, UblkDev, UblkIOCtx, UblkQueue};
+use libublk::{sys, ublk_init_task_ring, with_task_io_ring_mut, UblkError, UblkIORes, UblkUringData};
+use std::cell::RefCell;
+use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// Bytes moved between the kernel and the store at a time.
+pub const SLICE_BYTES: usize = 64 << 10;
+/// How long a write without progress waits for room.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// How soon a parked write is tried again.
+const RETRY: Duration = Duration::from_millis(4);
+/// Least time between two refusals of one queue.
+const REFUSAL_PAUSE: Duration = Duration::from_millis(20);
+/// Marks the retry timer's completion.
+const TIMER: u64 = UblkUringData::Target as u64;
+const DONE: i32 = 0;
+
+/// What the I/O threads have to tell; the main thread reads and reports it.
+#[derive(Default)]
+pub struct Counters {
+    /// Writes refused for want of room.
+    pub refused: AtomicU64,
+    /// Requests failed for any other reason.
+    pub failed: AtomicU64,
+    /// Times a write had to wait for room.
+    pub parked: AtomicU64,
+}
+
+/// A write under way.
+#[derive(Clone, Copy)]
+struct Write {
+    tag: u16,
+    offset: u64,
+    len: usize,
+    done: usize,
+}
+
+/// A fixed FIFO of writes, one place for every tag.
+struct Writes {
+    places: Box<[Option<Write>]>,
+    head: usize,
+    len: usize,
+}
+
+impl Writes {
+    fn new(depth: usize) -> Self {
+        Writes { places: vec![None; depth].into_boxed_slice(), head: 0, len: 0 }
+    }
+
+    fn push(&mut self, write: Write) {
+        assert!(self.len < self.places.len(), "a tag has one request at a time");
+        let at = (self.head + self.len) % self.places.len();
+        self.places[at] = Some(write);
+        self.len += 1;
+    }
+
+    fn first(&mut self) -> Option<&mut Write> {
+        self.places[self.head].as_mut()
+    }
+
+    fn pop(&mut self) {
+        self.places[self.head] = None;
+        self.head = (self.head + 1) % self.places.len();
+        self.len -= 1;
+    }
+}
+
+/// Why the queue stopped working on writes.
+#[derive(Clone, Copy, PartialEq)]
+enum Next {
+    /// No write is left: sleep until a request comes.
+    Sleep,
+    /// More slices to do: look for new requests without waiting.
+    Poll,
+    /// The store has no room: sleep until a request or the timer comes.
+    Retry,
+}
+
+struct Server<'a> {
+    lane: Lane,
+    buf: Box<[u8]>,
+    cdev: RawFd,
+    writes: Writes,
+    counters: &'a Counters,
+    /// Since when the first write has made no progress.
+    stuck_since: Option<Instant>,
+    last_refusal: Option<Instant>,
+    timer_armed: bool,
+    /// Answers other than to writes wait in the ring.
+    answered: bool,
+}
+
+/// Sets the queue up, calls `ready` once its fetch commands are prepared, and serves it until the
+/// device stops.
+pub fn serve(qid: u16, dev: &UblkDev, lane: Lane, counters: &Counters, ready: impl FnOnce()) -> Result<()> {
+    let depth = dev.dev_info.queue_depth;
+    init_ring(u32::from(depth) + 1).map_err(|e| anyhow!("cannot set up io_uring for queue {qid}: {e:?}"))?;
+    let queue = UblkQueue::new(qid, dev)
+        .and_then(|q| q.submit_fetch_commands_unified(BufDescList::Slices(None)))
+        .map_err(|e| anyhow!("cannot set up queue {qid}: {e:?}"))?;
+    // libublk versions differ in what they do to this attribute.
+    crate::protect::thread().context("after the set-up of the queue")?;
+    let mut server = Server {
+        lane,
+        buf: vec![0; SLICE_BYTES].into_boxed_slice(),
+        cdev: dev.tgt.fds[0],
+        writes: Writes::new(usize::from(depth)),
+        counters,
+        stuck_since: None,
+        last_refusal: None,
+        timer_armed: false,
+        answered: false,
+    };
+    ready();
+    server.run(&queue);
+    Ok(())
+}
+
+/// One thread submits, and completions may wait for its next system call: no interrupts for them.
+fn init_ring(entries: u32) -> std::result::Result<(), UblkError> {
+    ublk_init_task_ring(|cell| {
+        let build = |single: bool| {
+            let mut builder = IoUring::<squeue::Entry, cqueue::Entry>::builder();
+            builder.setup_cqsize(entries * 2).setup_coop_taskrun();
+            if single {
+                builder.setup_single_issuer();
+            }
+            builder.build(entries)
+        };
+        let ring = build(true).or_else(|_| build(false)).map_err(UblkError::IOError)?;
+        cell.set(RefCell::new(ring)).map_err(|_| UblkError::OtherError(-libc::EEXIST))
+    })
+}
+
+impl Server<'_> {
+    fn run(&mut self, queue: &UblkQueue<'_>) {
+        let mut next = Next::Sleep;
+        loop {
+            if next == Next::Retry && !self.timer_armed {
+                self.arm_timer();
+            }
+            let to_wait = usize::from(next != Next::Poll);
+            let batch = queue.flush_and_wake_io_tasks(|data, cqe, _| self.accept(queue, data, cqe.result()), to_wait);
+            if batch.is_err() {
+                // The device is stopping and all commands are back, or the ring is gone.
+                return;
+            }
+            next = self.work_on_writes(queue);
+        }
+    }
+
+    /// Takes one completion from the ring: a request of the kernel, or the timer.
+    fn accept(&mut self, queue: &UblkQueue<'_>, data: u64, result: i32) {
+        if data == TIMER {
+            self.timer_armed = false;
+            return;
+        }
+        if result != sys::UBLK_IO_RES_OK as i32 {
+            return;
+        }
+        let tag = UblkIOCtx::user_data_to_tag(data) as u16;
+        let iod = queue.get_iod(tag);
+        let offset = iod.start_sector << 9;
+        let len = u64::from(iod.nr_sectors) << 9;
+        let answer = match iod.op_flags & 0xff {
+            sys::UBLK_IO_OP_READ => self.read(queue.get_qid(), tag, offset, len as usize),
+            sys::UBLK_IO_OP_WRITE => {
+                self.writes.push(Write { tag, offset, len: len as usize, done: 0 });
+                return;
+            }
+            sys::UBLK_IO_OP_DISCARD => self.lane.discard(offset, len).map_or_else(|e| errno(&e), |()| DONE),
+            sys::UBLK_IO_OP_WRITE_ZEROES => self.lane.write_zeroes(offset, len).map_or_else(|e| errno(&e), |()| DONE),
+            sys::UBLK_IO_OP_FLUSH => self.lane.flush().map_or_else(|e| errno(&e), |()| DONE),
+            _ => -libc::EOPNOTSUPP,
+        };
+        self.answered = true;
+        self.complete(queue, tag, answer);
+    }
+
+    fn complete(&self, queue: &UblkQueue<'_>, tag: u16, answer: i32) {
+        if answer < 0 {
+            let counter = if answer == -libc::ENOSPC { &self.counters.refused } else { &self.counters.failed };
+            counter.fetch_add(1, Ordering::Relaxed);
+        }
+        let sent = queue.complete_io_cmd_unified(tag, BufDesc::Slice(&[]), Ok(UblkIORes::Result(answer)));
+        debug_assert!(sent.is_ok(), "user copy accepts empty buffers");
+    }
+
+    fn read(&mut self, qid: u16, tag: u16, offset: u64, len: usize) -> i32 {
+        let mut done = 0;
+        while done < len {
+            let slice = &mut self.buf[..SLICE_BYTES.min(len - done)];
+            if let Err(e) = self.lane.read(offset + done as u64, slice) {
+                return errno(&e);
+            }
+            let at = UblkIOCtx::ublk_user_copy_pos(qid, tag, done as u32);
+            // SAFETY: the buffer is live and as long as said; the descriptor is open while the
+            // queue is.
+            let n = unsafe { libc::pwrite(self.cdev, slice.as_ptr().cast(), slice.len(), at as libc::off_t) };
+            if n != slice.len() as isize {
+                return -libc::EIO;
+            }
+            done += slice.len();
+        }
+        len as i32
+    }
+
+    /// Does slices of writes until none is left, room runs out, or others want to be served.
+    fn work_on_writes(&mut self, queue: &UblkQueue<'_>) -> Next {
+        let answered = std::mem::take(&mut self.answered);
+        let mut budget = SLICE_BYTES;
+        loop {
+            let Some(&mut write) = self.writes.first() else { return Next::Sleep };
+            if self.parked_awaits_timer() {
+                return Next::Retry;
+            }
+            // Answers to reads go out before a slice holds them back; new requests come first.
+            if answered || budget == 0 || with_task_io_ring_mut(|r| !r.completion().is_empty()) {
+                return Next::Poll;
+            }
+            let wanted = SLICE_BYTES.min(write.len - write.done);
+            budget = budget.saturating_sub(wanted);
+            match self.slice(queue.get_qid(), write) {
+                Ok(done) if done == write.len => {
+                    self.stuck_since = None;
+                    self.finish(queue, write.tag, write.len as i32);
+                }
+                Ok(done) => {
+                    if let Some(first) = self.writes.first() {
+                        first.done = done;
+                    }
+                    if done - write.done == wanted {
+                        self.stuck_since = None;
+                    } else {
+                        self.park(queue, write.tag, done > write.done);
+                        return Next::Retry;
+                    }
+                }
+                Err(errno) => self.finish(queue, write.tag, errno),
+            }
+        }
+    }
+
+    /// Whether the first write has been tried since the timer last fired.
+    fn parked_awaits_timer(&self) -> bool {
+        self.stuck_since.is_some() && self.timer_armed
+    }
+
+    /// One slice of a write into the store. Returns the bytes of the write done so far.
+    fn slice(&mut self, qid: u16, write: Write) -> std::result::Result<usize, i32> {
+        let slice = &mut self.buf[..SLICE_BYTES.min(write.len - write.done)];
+        let at = UblkIOCtx::ublk_user_copy_pos(qid, write.tag, write.done as u32);
+        // SAFETY: the buffer is live and as long as said; the descriptor is open while the queue is.
+        let n = unsafe { libc::pread(self.cdev, slice.as_mut_ptr().cast(), slice.len(), at as libc::off_t) };
+        if n != slice.len() as isize {
+            return Err(-libc::EIO);
+        }
+        match self.lane.try_write(write.offset + write.done as u64, slice) {
+            Ok(n) => Ok(write.done + n),
+            Err(Error::NoSpace) => Ok(write.done),
+            Err(e) => Err(errno(&e)),
+        }
+    }
+
+    fn finish(&mut self, queue: &UblkQueue<'_>, tag: u16, answer: i32) {
+        self.writes.pop();
+        self.complete(queue, tag, answer);
+    }
+
+    /// Keeps the first write waiting, or refuses it when it has waited long enough.
+    fn park(&mut self, queue: &UblkQueue<'_>, tag: u16, progress: bool) {
+        let now = Instant::now();
+        let since_refusal = self.last_refusal.map(|at| now - at);
+        let waited = match self.stuck_since {
+            Some(since) if !progress => now - since,
+            _ => Duration::ZERO,
+        };
+        // A refusal long ago belongs to another shortage, whose patience must not be charged to
+        // this one.
+        let old = self.last_refusal > self.stuck_since && since_refusal >= Some(PATIENCE);
+        if waited.is_zero() || old {
+            self.counters.parked.fetch_add(1, Ordering::Relaxed);
+            self.stuck_since = Some(now);
+        } else if waited >= PATIENCE && since_refusal.is_none_or(|d| d >= REFUSAL_PAUSE) {
+            // `stuck_since` stays: the next write is refused after the pause, not after another
+            // spell of patience, until one makes progress.
+            self.last_refusal = Some(now);
+            self.finish(queue, tag, -libc::ENOSPC);
+        }
+    }
+
+    fn arm_timer(&mut self) {
+        let ts = types::Timespec::new().nsec(RETRY.as_nanos() as u32);
+        let timer = opcode::Timeout::new(&ts).build().user_data(TIMER);
+        self.timer_armed = with_task_io_ring_mut(|ring| {
+            // SAFETY: the kernel copies the time when the entry is submitted, below, while `ts`
+            // lives.
+            let pushed = unsafe { ring.submission().push(&timer) }.is_ok();
+            pushed && ring.submit().is_ok()
+        });
+    }
+}
+
+/// The one place where the store's errors become the block layer's.
+fn errno(error: &Error) -> i32 {
+    match error {
+        Error::NoSpace => -libc::ENOSPC,
+        Error::OutOfRange { .. } | Error::Unaligned { .. } => -libc::EINVAL,
+        _ => -libc::EIO,
+    }
+}

@@ -1,0 +1,85 @@
+//! The command line as users meet it: exit codes and messages that need no ublk driver.
+
+use std::process::{Command, Output};
+
+fn ghostswap(args: &[&str]) -> Output {
+    let dir = std::env::temp_dir().join(format!("ghostswap-cli-{}", std::process::id()));
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ghostswap-ublk"));
+    command.args(args).env("GHOSTSWAP_RUN_DIR", dir).output().expect("the binary runs")
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+fn has_driver() -> bool {
+    std::path::Path::new("/dev/ublk-control").exists()
+}
+
+#[test]
+fn wrong_usage_exits_with_2() {
+    for args in [
+        &["add", "--size", "0"][..],
+        &["add", "--size", "17T"],
+        &["add", "--size", "4097"],
+        &["add", "--size", "lots"],
+        &["add", "--tier", "tape"],
+        &["add", "--tier", "ram,limit=0%"],
+        &["add", "--tier", "ram,codec=gzip"],
+        &["add", "--queues", "0"],
+        &["add", "--depth", "0"],
+        &["del"],
+        &["del", "x"],
+        &["frob"],
+        &[],
+    ] {
+        let output = ghostswap(args);
+        assert_eq!(output.status.code(), Some(2), "{args:?}: {}", stderr(&output));
+    }
+}
+
+#[test]
+fn bad_values_are_explained() {
+    for (args, says) in [
+        (["add", "--size", "17T"], "at most 16T"),
+        (["add", "--size", "4097"], "multiple of 4096"),
+        (["add", "--tier", "tape"], "unknown tier 'tape'"),
+    ] {
+        let said = stderr(&ghostswap(&args));
+        assert!(said.contains(says), "{args:?}: {said}");
+    }
+}
+
+#[test]
+fn missing_driver_is_one_line() {
+    if has_driver() {
+        return;
+    }
+    for args in [&["add"][..], &["add", "--foreground"]] {
+        let output = ghostswap(args);
+        let said = stderr(&output);
+        assert_eq!(output.status.code(), Some(1), "{args:?}: {said}");
+        assert_eq!(said.lines().count(), 1, "{args:?}: {said}");
+        assert!(said.contains("modprobe ublk_drv"), "{args:?}: {said}");
+    }
+}
+
+#[test]
+fn unknown_device_is_one_line() {
+    for args in [&["del", "987654"][..], &["del", "987654", "--force"], &["status", "987654"]] {
+        let output = ghostswap(args);
+        let said = stderr(&output);
+        assert_eq!(output.status.code(), Some(1), "{args:?}: {said}");
+        assert_eq!(said.lines().count(), 1, "{args:?}: {said}");
+        assert!(said.contains("no such device"), "{args:?}: {said}");
+    }
+}
+
+#[test]
+fn without_devices_lists_are_empty() {
+    let list = ghostswap(&["list"]);
+    assert_eq!((list.status.code(), list.stdout.len()), (Some(0), 0));
+    let status = ghostswap(&["status", "--json"]);
+    let json: serde_json::Value = serde_json::from_slice(&status.stdout).expect("JSON");
+    assert_eq!(json, serde_json::json!({ "devices": [] }));
+}
