@@ -276,7 +276,9 @@ mod tests {
         let t: TierConfig = "ram,limit=25%,codec=zstd:3,group=64K".parse().unwrap();
         assert_eq!((t.limit, t.codec, t.group), (Limit::Percent(25), CodecChoice::Zstd(3), 65536));
         assert_eq!(t.to_string().parse::<TierConfig>().unwrap(), t);
-        for bad in ["", "disk", "ram,limit=0%", "ram,limit=1K", "ram,codec=gzip", "ram,codec=zstd:99", "ram,x=1", "ram,limit"] {
+        for bad in
+            ["", "disk", "ram,limit=0%", "ram,limit=1K", "ram,codec=gzip", "ram,codec=zstd:99", "ram,x=1", "ram,limit"]
+        {
             let e = bad.parse::<TierConfig>().unwrap_err();
             assert!(!e.contains('\n'), "{e}");
         }

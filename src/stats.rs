@@ -50,7 +50,11 @@ impl fmt::Display for Stats {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let plain = self.stored_pages * 4096;
         let ratio = if self.live_bytes == 0 { 0.0 } else { plain as f64 / self.live_bytes as f64 };
-        writeln!(f, "pages     {} compressed or raw, {} same-filled, {} zero", self.stored_pages, self.filled_pages, self.zero_pages)?;
+        writeln!(
+            f,
+            "pages     {} compressed or raw, {} same-filled, {} zero",
+            self.stored_pages, self.filled_pages, self.zero_pages
+        )?;
         writeln!(f, "stored    {} of data in {} ({ratio:.2} to 1)", format_size(plain), format_size(self.live_bytes))?;
         writeln!(
             f,

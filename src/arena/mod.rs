@@ -72,7 +72,8 @@ impl Arena {
         let end = up(frames_at + max_frames as usize * segment_bytes);
         let map = Mapping::new(end, c.hugetlb)?;
         map.populate(0, PAGE_BYTES)?;
-        for (i, v) in [MAGIC, VERSION, segment_bytes as u64, u64::from(max_frames), u64::from(max_meta)].iter().enumerate()
+        for (i, v) in
+            [MAGIC, VERSION, segment_bytes as u64, u64::from(max_frames), u64::from(max_meta)].iter().enumerate()
         {
             map.u64_at(i * 8).store(*v, Ordering::Relaxed);
         }

@@ -56,7 +56,12 @@ impl Lz4 {
 pub(crate) fn decompress(src: &[u8], dst: &mut [u8]) -> bool {
     // SAFETY: lengths are those of the slices; the function checks every write against them.
     let n = unsafe {
-        lz4_sys::LZ4_decompress_safe(src.as_ptr().cast(), dst.as_mut_ptr().cast(), src.len() as c_int, dst.len() as c_int)
+        lz4_sys::LZ4_decompress_safe(
+            src.as_ptr().cast(),
+            dst.as_mut_ptr().cast(),
+            src.len() as c_int,
+            dst.len() as c_int,
+        )
     };
     n == dst.len() as c_int
 }

@@ -43,7 +43,10 @@ enum Compressor {
     Lz4(lz4::Lz4),
     /// One context for single pages and one for groups: a context that meets both sizes would
     /// resize its memory now and then.
-    Zstd { page: CCtx<'static>, group: CCtx<'static> },
+    Zstd {
+        page: CCtx<'static>,
+        group: CCtx<'static>,
+    },
 }
 
 /// Compression and decompression with all the memory they need, owned by one thread.

@@ -39,7 +39,13 @@ pub(crate) enum Cleaning {
 }
 
 /// Chooses how hard to clean.
-pub(crate) fn cleaning(frames_ready: u32, frames_growable: u32, reserve: u32, sealed_bytes: u64, live_bytes: u64) -> Cleaning {
+pub(crate) fn cleaning(
+    frames_ready: u32,
+    frames_growable: u32,
+    reserve: u32,
+    sealed_bytes: u64,
+    live_bytes: u64,
+) -> Cleaning {
     let dead = sealed_bytes.saturating_sub(live_bytes);
     // At the limit every ready frame counts; before it, growth is to fill the reserve.
     if frames_growable == 0 && frames_ready < reserve.max(4) {
@@ -100,7 +106,13 @@ mod tests {
 
     #[test]
     fn reserve_grows_before_the_host_runs_short() {
-        let mut d = Demand { ram_bytes: 1 << 30, free_bytes: 800 << 20, limit_bytes: 512 << 20, segment_bytes: 1 << 20, frames_per_second: 0 };
+        let mut d = Demand {
+            ram_bytes: 1 << 30,
+            free_bytes: 800 << 20,
+            limit_bytes: 512 << 20,
+            segment_bytes: 1 << 20,
+            frames_per_second: 0,
+        };
         let idle = reserve_frames(&d);
         d.free_bytes = 100 << 20;
         let short = reserve_frames(&d);

@@ -52,7 +52,12 @@ impl Map {
     }
 
     /// The leaf of a cluster, made if missing. Within an epoch.
-    pub fn leaf_for_write<'a>(&self, arena: &'a Arena, v: VolumeId, cluster: usize) -> Result<&'a [AtomicU64], OutOfMeta> {
+    pub fn leaf_for_write<'a>(
+        &self,
+        arena: &'a Arena,
+        v: VolumeId,
+        cluster: usize,
+    ) -> Result<&'a [AtomicU64], OutOfMeta> {
         loop {
             let Some(node) = self.child_or_new(arena, &arena.root(v)[cluster / NODE_ENTRIES])? else { continue };
             let Some(leaf) = self.child_or_new(arena, &arena.node(node)[cluster % NODE_ENTRIES])? else { continue };
@@ -184,7 +189,11 @@ impl Map {
             let m = MetaNo(head);
             // A leaf and a node are told apart by their first word: bit 31 of a frozen slot is 0.
             let first = arena.node(m)[0].load(Ordering::Acquire);
-            head = if first & FROZEN != 0 { first & !FROZEN } else { Slot(arena.leaf(m)[0].load(Ordering::Acquire)).frozen_next() };
+            head = if first & FROZEN != 0 {
+                first & !FROZEN
+            } else {
+                Slot(arena.leaf(m)[0].load(Ordering::Acquire)).frozen_next()
+            };
             arena.leaf(m).iter().for_each(|w| w.store(0, Ordering::Relaxed));
             arena.put_meta(m);
         }

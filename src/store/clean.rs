@@ -131,7 +131,12 @@ impl Cleaner {
 
     fn move_record(&mut self, s: &Shared, victim: Open, offset: usize, header: Header, record: &[u8]) -> bool {
         let word = |i: usize| {
-            Slot::stored(Stored { segment: victim.segment, offset: offset as u32, index: i as u32, share: header.share(i) })
+            Slot::stored(Stored {
+                segment: victim.segment,
+                offset: offset as u32,
+                index: i as u32,
+                share: header.share(i),
+            })
         };
         let mut live = [false; MAX_GROUP];
         for (i, l) in live.iter_mut().enumerate().take(header.pages) {
@@ -156,7 +161,14 @@ impl Cleaner {
         moved
     }
 
-    fn move_rest(&mut self, s: &Shared, header: Header, live: &[bool; MAX_GROUP], plain: &[u8], word: impl Fn(usize) -> Slot) -> bool {
+    fn move_rest(
+        &mut self,
+        s: &Shared,
+        header: Header,
+        live: &[bool; MAX_GROUP],
+        plain: &[u8],
+        word: impl Fn(usize) -> Slot,
+    ) -> bool {
         let mut i = 0;
         let mut alone_until = 0;
         while i < header.pages {

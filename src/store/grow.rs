@@ -151,7 +151,8 @@ impl Growth {
                 return Ok(());
             }
             let Some(first) = self.meta.lowest_absent() else { return Ok(()) };
-            let count = (first..first + META_STEP).take_while(|&n| n < s.arena.max_meta() && !self.meta.has(n)).count() as u32;
+            let count =
+                (first..first + META_STEP).take_while(|&n| n < s.arena.max_meta() && !self.meta.has(n)).count() as u32;
             s.arena.grow_meta(MetaNo(first + 1), count)?;
             (first..first + count).for_each(|n| self.meta.set(n));
             s.held_meta.fetch_add(count, Ordering::Relaxed);

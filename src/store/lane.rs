@@ -37,7 +37,16 @@ impl Lane {
         let s = store.shared();
         let appender = Appender::new(s, KEEP_FOR_CLEANER);
         let group = vec![0xa5; if s.config.group_pages > 1 { s.config.group_pages * PAGE_BYTES } else { 0 }];
-        Ok(Lane { volume, bytes, index, appender, group: group.into(), group_of: None, page: Box::new([0xa5; PAGE_BYTES]), store })
+        Ok(Lane {
+            volume,
+            bytes,
+            index,
+            appender,
+            group: group.into(),
+            group_of: None,
+            page: Box::new([0xa5; PAGE_BYTES]),
+            store,
+        })
     }
 
     /// Reads a range; what was never written reads as zeros.
@@ -223,7 +232,10 @@ impl Lane {
         let corrupt = || Error::Corrupt { page: page.0, segment: at.segment.0, offset: at.offset };
         let frame = s.segments.frame(&s.arena, at.segment);
         let (header, record) = s.segments.record(&s.arena, frame, at.offset as usize).ok_or_else(corrupt)?;
-        if header.volume != self.volume || header.page.0.checked_add(at.index) != Some(page.0) || at.index as usize >= header.pages {
+        if header.volume != self.volume
+            || header.page.0.checked_add(at.index) != Some(page.0)
+            || at.index as usize >= header.pages
+        {
             return Err(corrupt());
         }
         let payload = &record[header.bytes()..];
@@ -276,7 +288,8 @@ impl Lane {
             };
             match outcome {
                 Outcome::Done(record) => {
-                    let committed = (0..run).take_while(|&k| self.commit(s, PageNo(page.0 + k as u32), record.slot(k))).count();
+                    let committed =
+                        (0..run).take_while(|&k| self.commit(s, PageNo(page.0 + k as u32), record.slot(k))).count();
                     i += committed;
                     if committed < run {
                         // The rest of the record is dead: no slot names it.
@@ -335,7 +348,14 @@ impl Lane {
     }
 
     /// None: another write came between.
-    fn splice_once(&mut self, s: &Shared, page: PageNo, inner: usize, len: usize, data: Option<&[u8]>) -> Result<Option<bool>> {
+    fn splice_once(
+        &mut self,
+        s: &Shared,
+        page: PageNo,
+        inner: usize,
+        len: usize,
+        data: Option<&[u8]>,
+    ) -> Result<Option<bool>> {
         let Ok(leaf) = s.map.leaf_for_write(&s.arena, self.volume, page.cluster()) else { return Ok(Some(false)) };
         let slot = &leaf[page.slot()];
         let old = Slot(slot.load(Ordering::Acquire));
@@ -403,4 +423,3 @@ impl Drop for Lane {
         self.store.put_lane(self.index);
     }
 }
-

@@ -26,7 +26,11 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let done = match Cli::parse().command {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => return wrong_usage(&e),
+    };
+    let done = match cli.command {
         Command::Add(add) => run_add(&add),
         Command::List => list(),
         Command::Status(wanted) => status(wanted.id, wanted.json),
@@ -39,6 +43,17 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Help and version go out whole; a mistake gets one line and exit code 2.
+fn wrong_usage(e: &clap::Error) -> ExitCode {
+    if !e.use_stderr() || e.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        e.exit();
+    }
+    let text = e.to_string();
+    let line = text.lines().next().unwrap_or_default();
+    eprintln!("ghostswap-ublk: {} (see --help)", line.strip_prefix("error: ").unwrap_or(line));
+    ExitCode::from(2)
 }
 
 fn run_add(add: &cli::Add) -> Result<()> {
