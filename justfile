@@ -18,3 +18,7 @@ vm *ARGS:
 # The store against the bare codec, and density under overwrite
 bench:
     cargo bench --bench store
+
+# The same hog on zram and on ghostswap, in virtual time
+bench-zram:
+    scripts/bench/zram

@@ -7,6 +7,8 @@
 //!
 //! `GHOSTSWAP_MODEL_OPS` (operations in all, default 200000) and `GHOSTSWAP_MODEL_SEED` repeat a run.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use ghostswap::{Error, Store, StoreConfig};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
