@@ -105,8 +105,8 @@ fn run(args: &Args) -> Result<u64> {
         Thp::Never => HugePages::Never,
         Thp::Default => HugePages::Default,
     };
-    let mut area = Area::map(args.mib as usize * PAGES_PER_MIB, huge)
-        .with_context(|| format!("cannot map {} MiB", args.mib))?;
+    let mut area =
+        Area::map(args.mib as usize * PAGES_PER_MIB, huge).with_context(|| format!("cannot map {} MiB", args.mib))?;
     area.report_lost_pages().context("cannot catch SIGBUS")?;
 
     let began = Instant::now();
@@ -286,7 +286,9 @@ fn print(summary: &Summary, json: bool) -> Result<()> {
         println!("{}", serde_json::to_string(summary)?);
         return Ok(());
     }
-    let us = |p: Percentiles| [p.p50_ns, p.p99_ns, p.p999_ns, p.max_ns].map(|ns| format!("{:.1}", ns as f64 / 1e3)).join("/");
+    let us = |p: Percentiles| {
+        [p.p50_ns, p.p99_ns, p.p999_ns, p.max_ns].map(|ns| format!("{:.1}", ns as f64 / 1e3)).join("/")
+    };
     println!(
         "{} MiB, {} threads: {:.0} touches/s ({} in {:.1} s, {} rewrites), touch p50/p99/p999/max {} us, first word {} us, {} errors",
         summary.mib,
