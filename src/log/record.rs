@@ -60,7 +60,12 @@ impl Header {
         }
     }
 
-    /// None: the bytes are no record, or one that does not end within them.
+    /// True if a header that begins with these bytes is that of a group.
+    pub fn is_group(head: &[u8]) -> bool {
+        head.get(6).is_some_and(|b| b >> 7 == 1)
+    }
+
+    /// None: too short for a header.
     pub fn read(bytes: &[u8]) -> Option<Header> {
         let head: [u8; SINGLE_HEADER] = bytes.get(..SINGLE_HEADER)?.try_into().ok()?;
         let tail = u16::from_le_bytes([head[5], head[6]]);
@@ -72,8 +77,7 @@ impl Header {
             (usize::from(tail & 0xf) + 1, usize::from(u16::from_le_bytes(len)))
         };
         let page = PageNo(u32::from_le_bytes([head[0], head[1], head[2], head[3]]));
-        let header = Header { page, volume: VolumeId(head[4]), pages, codec, payload };
-        (bytes.len() >= header.total()).then_some(header)
+        Some(Header { page, volume: VolumeId(head[4]), pages, codec, payload })
     }
 }
 
@@ -88,7 +92,8 @@ mod tests {
             let mut bytes = vec![0; h.total()];
             h.write(&mut bytes);
             assert_eq!(Header::read(&bytes), Some(h));
-            assert_eq!(Header::read(&bytes[..h.total() - 1]), None);
+            assert_eq!(Header::is_group(&bytes), pages > 1);
+            assert_eq!(Header::read(&bytes[..h.bytes() - 1]), None);
             assert_eq!((0..pages).map(|i| h.share(i) as usize).sum::<usize>(), h.total());
         }
     }

@@ -13,7 +13,7 @@
 //! retires it; the exchange of the state word makes sure that this happens once.
 
 use crate::arena::Arena;
-use crate::log::record::Header;
+use crate::log::record::{Header, GROUP_HEADER, SINGLE_HEADER};
 use crate::page::{FrameNo, SegmentId};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -166,10 +166,14 @@ impl Segments {
         }
     }
 
-    /// The record at an offset of a segment that the caller may read.
+    /// The record at an offset of a segment that the caller may read. Looks at no byte past it:
+    /// what follows may be written at this moment. None: no record that ends within the segment.
     pub fn record<'a>(&self, arena: &'a Arena, frame: FrameNo, offset: usize) -> Option<(Header, &'a [u8])> {
-        let bytes = arena.record_bytes(frame, offset, arena.segment_bytes() - offset);
-        let header = Header::read(bytes)?;
-        Some((header, &bytes[..header.total()]))
+        let left = arena.segment_bytes() - offset;
+        let bytes = |n: usize| (n <= left).then(|| arena.record_bytes(frame, offset, n));
+        let head = bytes(SINGLE_HEADER)?;
+        let head = if Header::is_group(head) { bytes(GROUP_HEADER)? } else { head };
+        let header = Header::read(head)?;
+        Some((header, bytes(header.total())?))
     }
 }
