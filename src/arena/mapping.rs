@@ -1,5 +1,5 @@
 //! The mapping itself: a sparse memfd that outlives any pointer into it. Everything in the arena
-//! is named by byte offset. The only file (with `codec/lz4.rs`) that holds unsafe code.
+//! is named by byte offset. The library's only file with `codec/lz4.rs` that holds unsafe code.
 //!
 //! The whole range is mapped once and locked on fault (`mlock2(MLOCK_ONFAULT)`), so a page that
 //! was populated stays resident, and one that was not costs nothing. Populating and giving back is
