@@ -1,5 +1,5 @@
-//! lz4 by the C library, with a state of our own: nothing is allocated per page and the 16 KiB
-//! hash table is not cleared per page.
+//! lz4 by the C library, with a state of our own: nothing is allocated per page. The library clears
+//! its 16 KiB hash table before an input of 4 KiB or more (`LZ4_prepareTable` in lz4.c).
 #![allow(unsafe_code, reason = "the C library's interface")]
 
 use std::ffi::{c_char, c_int, c_void};

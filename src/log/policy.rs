@@ -73,7 +73,7 @@ pub(crate) struct Demand {
 /// growth waits for memory; more as the swap-out rate asks.
 pub(crate) fn reserve_frames(d: &Demand) -> u32 {
     let idle = (d.ram_bytes / 512).clamp(1 << 20, 8 << 20);
-    let burst = (d.ram_bytes / 24).clamp(8 << 20, 256 << 20);
+    let burst = (d.ram_bytes / 64).clamp(8 << 20, 256 << 20);
     let short = d.free_bytes < d.ram_bytes / 4;
     let base = if short || d.frames_per_second > 0 { burst } else { idle };
     let by_rate = (d.frames_per_second * d.segment_bytes / 2).min(d.ram_bytes / 12);

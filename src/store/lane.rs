@@ -28,7 +28,6 @@ pub struct Lane {
     /// The last group decoded, and the record it came from; valid within one epoch.
     group: Box<[u8]>,
     group_of: Option<(Stored, Header)>,
-    page: Box<[u8; PAGE_BYTES]>,
 }
 
 impl Lane {
@@ -44,7 +43,6 @@ impl Lane {
             appender,
             group: group.into(),
             group_of: None,
-            page: Box::new([0xa5; PAGE_BYTES]),
             store,
         })
     }
@@ -70,13 +68,12 @@ impl Lane {
                 n
             } else {
                 let n = rest.len().min(PAGE_BYTES - inner);
-                let mut page = std::mem::replace(&mut self.page, Box::new([0; PAGE_BYTES]));
+                let mut page = [0u8; PAGE_BYTES];
                 let done = self.in_epoch(|lane, s| {
                     let word = crate::map::load(&s.map, &s.arena, lane.volume, first);
-                    lane.decode(s, first, word, &mut page[..])
+                    lane.decode(s, first, word, &mut page)
                 });
                 rest[..n].copy_from_slice(&page[inner..inner + n]);
-                self.page = page;
                 done?;
                 n
             };

@@ -66,6 +66,21 @@ pub fn store_thread(name: &str) {
         tracing::error!("thread {name}: {e:#}");
         std::process::abort();
     }
+    if name == "growth" {
+        first_in_line();
+    }
+}
+
+/// Lets the growth thread run and allocate before those who fill memory: a real-time thread runs
+/// at once, and the page allocator lets it below the `min` watermark where others wait (Linux
+/// `mm/page_alloc.c`, `ALLOC_MIN_RESERVE`). It sleeps nearly always, and the kernel's real-time
+/// throttle bounds it. Refused (a container, say), it works as any other thread.
+fn first_in_line() {
+    let param = libc::sched_param { sched_priority: 1 };
+    // SAFETY: acts on the calling thread; the parameter is live.
+    if unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &param) } != 0 {
+        tracing::warn!("the growth thread has no real-time priority: {}", OsError::last_os_error());
+    }
 }
 
 fn demand(ok: bool, what: &str) -> Result<()> {

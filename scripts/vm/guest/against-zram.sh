@@ -16,4 +16,5 @@ dev=$(ghostswap-ublk add --size 4G --tier ram,limit=65%,codec=lz4)
 mkswap "$dev" > /dev/null
 swapon --discard=pages "$dev"
 echo "ghostswap: $(ghostswap-hog --mib "$1" --threads 2 --seconds "$3" --thp "$2" | tail -n 1)"
+ghostswap-ublk status --json | grep -oE "writes_(parked|refused).:[0-9]+" | tr "\n" " "; echo
 swapoff "$dev"

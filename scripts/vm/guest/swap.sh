@@ -12,18 +12,24 @@ dev=$(ghostswap-ublk add --size 16T --tier "$tier")
 t1=$(cut -d' ' -f1 /proc/uptime)
 echo "live after $(echo "$t0 $t1" | awk '{printf "%.2f", $2-$1}') s: $dev"
 pid=$(pidof ghostswap-ublk | tr ' ' '\n' | tail -n 1)
-echo "idle daemon: $(grep VmRSS /proc/$pid/status | tr -s '\t ' ' ')"
+rss=$(awk '/VmRSS/ {print $2}' /proc/$pid/status)
+reserve=$(ghostswap-ublk status --json | sed 's/.*"reserve_bytes":\([0-9]*\).*/\1/')
+own=$((rss - reserve / 1024))
+echo "idle daemon: $rss KiB resident, $own KiB beside the reserve"
 if [ "$area" = whole ]; then
     mkswap "$dev" > /dev/null
 else
     # A header for a smaller area: made on a sparse file of that size, then copied.
     truncate -s "$area" /tmp/header
+    chmod 600 /tmp/header
     mkswap /tmp/header > /dev/null
     dd if=/tmp/header of="$dev" bs=4096 count=1 conv=notrunc 2> /dev/null
     rm /tmp/header
 fi
 swapon --discard=pages "$dev"
 rc=0
+[ $own -le 10240 ] || { echo "the idle daemon holds more than 10 MiB beside its reserve"; rc=1; }
+: > /tmp/hog.out
 ghostswap-hog --mib "$hog" --threads "$threads" --seconds "$seconds" --thp "$thp" --hold > /tmp/hog.out 2>&1 &
 hogpid=$!
 # The hog holds its memory until it is told to go, so that what is shown is shown under load.
@@ -33,11 +39,11 @@ echo "--- free -m"; free -m
 echo "--- /proc/swaps"; cat /proc/swaps
 echo "--- status"; ghostswap-ublk status
 kill $hogpid 2> /dev/null || rc=1
-wait $hogpid || [ $? -eq 143 ] || rc=1
+wait $hogpid 2> /dev/null || [ $? -eq 143 ] || rc=1
 grep -q ' 0 errors$' /tmp/hog.out || rc=1
 sleep 3
 swapoff "$dev"
-blkdiscard "$dev"
+blkdiscard --force "$dev"
 sleep 4
 echo "--- status after everything was discarded"; ghostswap-ublk status
 ghostswap-ublk status --json > /tmp/status
