@@ -36,15 +36,7 @@ impl Lane {
         let s = store.shared();
         let appender = Appender::new(s, KEEP_FOR_CLEANER);
         let group = vec![0xa5; if s.config.group_pages > 1 { s.config.group_pages * PAGE_BYTES } else { 0 }];
-        Ok(Lane {
-            volume,
-            bytes,
-            index,
-            appender,
-            group: group.into(),
-            group_of: None,
-            store,
-        })
+        Ok(Lane { volume, bytes, index, appender, group: group.into(), group_of: None, store })
     }
 
     /// Reads a range; what was never written reads as zeros.
