@@ -152,22 +152,16 @@ fn against_codec(codec: &str, plain: &[u8]) {
     );
 }
 
-/// Pages a second of one thread and of two, overwriting, in turn.
-fn two_threads(codec: &str, plain: &[u8]) {
-    let pages = plain.len() / PAGE;
-    let store = store("512M", codec);
-    let volume = store.create_volume(1 << 40).expect("a volume");
-    let mut lanes: Vec<_> = (0..2).map(|_| volume.lane().expect("a lane")).collect();
+/// How much faster two threads do `work` than one, each with a state of its own, in turn.
+fn speed_up<T: Send>(pages: usize, states: &mut [T; 2], work: impl Fn(&mut T, u64) + Sync) -> f64 {
     let (mut one, mut two) = (vec![], vec![]);
-    let work = |lane: &mut ghostswap::Lane, base: u64| {
-        plain.chunks_exact(PAGE).enumerate().for_each(|(i, p)| lane.write(base + (i * PAGE) as u64, p).expect("room"));
-    };
     for round in 0..=ROUNDS {
-        let t1 = time(pages, || work(&mut lanes[0], 0));
+        let t1 = time(pages, || work(&mut states[0], 0));
         let t2 = time(2 * pages, || {
             std::thread::scope(|s| {
-                for (k, lane) in lanes.iter_mut().enumerate() {
-                    s.spawn(move || work(lane, (k as u64) << 30));
+                for (k, state) in states.iter_mut().enumerate() {
+                    let work = &work;
+                    s.spawn(move || work(state, k as u64));
                 }
             });
         });
@@ -176,7 +170,27 @@ fn two_threads(codec: &str, plain: &[u8]) {
             two.push(t2);
         }
     }
-    println!("{codec:8} two threads write {:.2} times what one does", median(one) / median(two));
+    median(one) / median(two)
+}
+
+/// Two threads overwriting through the store, and two threads with nothing but the codec: what
+/// the machine has to give.
+fn two_threads(codec: &str, plain: &[u8]) {
+    let pages = plain.len() / PAGE;
+    let store = store("512M", codec);
+    let volume = store.create_volume(1 << 40).expect("a volume");
+    let mut lanes = [volume.lane().expect("a lane"), volume.lane().expect("a lane")];
+    let stored = speed_up(pages, &mut lanes, |lane, k| {
+        let base = k << 30;
+        plain.chunks_exact(PAGE).enumerate().for_each(|(i, p)| lane.write(base + (i * PAGE) as u64, p).expect("room"));
+    });
+    let mut bare = [(Bare::new(codec), vec![1u8; PAGE]), (Bare::new(codec), vec![1u8; PAGE])];
+    let alone = speed_up(pages, &mut bare, |(bare, out), _| {
+        plain.chunks_exact(PAGE).for_each(|p| {
+            bare.compress(p, &mut out[..PAGE - 256]);
+        });
+    });
+    println!("{codec:8} two threads write {stored:.2} times what one does; codec alone {alone:.2}");
 }
 
 /// Random overwrite with as much live as the limit holds at 1.10 held / live.
