@@ -27,6 +27,8 @@ pub enum Command {
     Status(Status),
     /// Stop and remove a device
     Del(Del),
+    /// Check whether this machine is fit to swap to a device
+    Doctor(Doctor),
 }
 
 /// `add`.
@@ -73,6 +75,14 @@ pub struct Del {
     /// Remove it even while it is in use as swap: whatever is swapped out there is lost
     #[arg(long)]
     pub force: bool,
+}
+
+/// `doctor`.
+#[derive(Args)]
+pub struct Doctor {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 fn volume_bytes(text: &str) -> Result<u64, String> {

@@ -2,13 +2,15 @@
 //!
 //! This front end translates and decides nothing: `queue` turns block requests into the store's
 //! calls, `control` turns messages into answers. `serve` is a device's life, `protect` what keeps
-//! its daemon out of its own swap, `daemon` the processes, `log` records without waiting.
+//! its daemon out of its own swap, `daemon` the processes, `log` records without waiting,
+//! `doctor` looks at the machine.
 //!
 //! Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong usage.
 
 mod cli;
 mod control;
 mod daemon;
+mod doctor;
 mod log;
 mod protect;
 mod queue;
@@ -35,6 +37,7 @@ fn main() -> ExitCode {
         Command::List => list(),
         Command::Status(wanted) => status(wanted.id, wanted.json),
         Command::Del(del) => remove(del.id, del.force),
+        Command::Doctor(doctor) => doctor::run(doctor.json),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -15,6 +15,7 @@ use std::io::Error as OsError;
 
 const PR_SET_IO_FLUSHER: libc::c_int = 57;
 const PR_GET_IO_FLUSHER: libc::c_int = 58;
+const OOM_SCORE: &str = "/proc/self/oom_score_adj";
 const MADV_POPULATE_READ: libc::c_int = 22;
 const MADV_POPULATE_WRITE: libc::c_int = 23;
 /// Private mappings above this are reservations, not working memory.
@@ -39,7 +40,7 @@ pub fn process() -> Result<()> {
     // SAFETY: the pointer is to a live rlimit.
     let rc = unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &unlimited) };
     demand(rc == 0, "cannot raise RLIMIT_MEMLOCK")?;
-    let killable = std::fs::write("/proc/self/oom_score_adj", "-1000");
+    let killable = std::fs::write(OOM_SCORE, "-1000");
     if is_root() {
         killable.context("cannot exempt the daemon from the OOM killer")?;
     }
@@ -51,12 +52,28 @@ pub fn process() -> Result<()> {
 
 /// Makes the calling thread an IO_FLUSHER and reads it back.
 pub fn thread() -> Result<()> {
+    demand(become_flusher(), "cannot make a thread an IO_FLUSHER")
+}
+
+fn become_flusher() -> bool {
     // SAFETY: both options act on the calling thread and take no pointers.
-    let set = unsafe {
+    unsafe {
         libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0);
         libc::prctl(PR_GET_IO_FLUSHER, 0, 0, 0, 0) == 1
-    };
-    demand(set, "cannot make a thread an IO_FLUSHER")
+    }
+}
+
+/// Whether a thread of this process could become an IO_FLUSHER: tried in one that then ends.
+pub fn can_become_flusher() -> bool {
+    std::thread::spawn(become_flusher).join().unwrap_or(false)
+}
+
+/// Whether this process could exempt itself from the OOM killer: tried and taken back.
+pub fn can_avoid_oom_kill() -> bool {
+    let Ok(before) = std::fs::read_to_string(OOM_SCORE) else { return false };
+    let lowered = std::fs::write(OOM_SCORE, "-1000").is_ok();
+    let _ = std::fs::write(OOM_SCORE, before.trim());
+    lowered
 }
 
 /// For the store's background threads, which have no one to return an error to: a thread that

@@ -34,7 +34,8 @@ const MAX_IO_BYTES: u32 = 512 << 10;
 const MAX_DISCARD_SECTORS: u32 = (u32::MAX >> 9) & !7;
 /// How often trouble on the queues is reported at most.
 const REPORT_EVERY: Duration = Duration::from_secs(10);
-const CONTROL_NODE: &str = "/dev/ublk-control";
+/// The driver's own node, there once it is loaded.
+pub const CONTROL_NODE: &str = "/dev/ublk-control";
 
 /// Threads of the queues, each with its result.
 type Threads = Vec<JoinHandle<Result<()>>>;

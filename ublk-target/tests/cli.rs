@@ -30,6 +30,7 @@ fn wrong_usage_exits_with_2() {
         &["add", "--depth", "0"],
         &["del"],
         &["del", "x"],
+        &["doctor", "0"],
         &["frob"],
         &[],
     ] {
@@ -82,4 +83,33 @@ fn without_devices_lists_are_empty() {
     let status = ghostswap(&["status", "--json"]);
     let json: serde_json::Value = serde_json::from_slice(&status.stdout).expect("JSON");
     assert_eq!(json, serde_json::json!({ "devices": [] }));
+}
+
+#[test]
+fn doctor_names_the_missing_driver_once() {
+    if has_driver() {
+        return;
+    }
+    let output = ghostswap(&["doctor"]);
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    assert_eq!(stderr(&output).lines().count(), 1, "{}", stderr(&output));
+    let report = String::from_utf8_lossy(&output.stdout);
+    let naming = report.lines().filter(|line| line.starts_with("fail  ") && line.contains("ublk driver")).count();
+    assert_eq!(naming, 1, "{report}");
+}
+
+#[test]
+fn doctor_prints_json_that_agrees_with_its_exit_code() {
+    let output = ghostswap(&["doctor", "--json"]);
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let checks = json["checks"].as_array().expect("checks");
+    assert!(checks.len() > 10, "{json}");
+    for check in checks {
+        let verdict = check["verdict"].as_str().expect("verdict");
+        assert!(["ok", "warn", "fail"].contains(&verdict), "{check}");
+        assert!(check["name"].is_string() && check["found"].is_string(), "{check}");
+        assert_eq!(check["advice"].is_null(), verdict == "ok", "{check}");
+    }
+    let failed = checks.iter().any(|check| check["verdict"] == "fail");
+    assert_eq!(output.status.code(), Some(i32::from(failed)));
 }
