@@ -406,6 +406,13 @@ fn a_second_process_is_kept_out() {
     assert_eq!(wait(second()), End::Exit(9));
 }
 
+/// Bytes of the arena's mapping in this process that are locked: the greatest `Locked:` there is.
+fn locked_bytes() -> u64 {
+    let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    let sizes = maps.lines().filter_map(|l| l.strip_prefix("Locked:")?.trim().strip_suffix(" kB")?.parse().ok());
+    sizes.max().unwrap_or(0u64) * 1024
+}
+
 /// How long it takes with a gibibyte stored: `cargo test --release --test recover -- --ignored --nocapture`.
 #[test]
 #[ignore = "takes two gibibytes of memory"]
@@ -434,5 +441,10 @@ fn a_gibibyte_is_taken_up_quickly() {
         println!("{tier}: {} pages in {} bytes: {:?}", before.stored_pages, before.live_bytes, begun.elapsed());
         assert_eq!(store.stats().stored_pages, before.stored_pages);
         store.audit().unwrap();
+        while locked_bytes() < before.live_bytes {
+            assert!(begun.elapsed() < Duration::from_secs(20), "{} locked", locked_bytes());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        println!("all locked after {:?}", begun.elapsed());
     }
 }

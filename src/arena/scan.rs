@@ -1,6 +1,12 @@
 //! What of an arena is resident when a new process opens it, and making it so for this process:
-//! pages that an earlier one populated are in the file, but in no page table of ours and locked by
-//! nobody. And the few steps of recovery that concern memory alone.
+//! pages that an earlier one populated are in the file, but in no page table of ours and not locked
+//! by us. And the few steps of recovery that concern memory alone.
+//!
+//! Locking takes the kernel some 0.1 to 0.2 s for each GiB, and nobody can be served meanwhile if
+//! it is done first. So only metadata is taken over whole at once, and of frames the page tables:
+//! from then on the first touch of a page is a fault that finds all it needs and waits for nothing.
+//! The growth thread locks the rest, a slice at a time (`adopt_slice`). Until it has, the pages are
+//! as safe as the supervisor's own lock on them makes them.
 
 use super::superblock::Superblock;
 use super::{Arena, Resident, SEGMENT_ENTRY_BYTES};
@@ -8,6 +14,11 @@ use crate::error::Result;
 use crate::page::{FrameNo, MetaNo, PAGE_BYTES};
 use std::ops::Range;
 use std::sync::atomic::Ordering;
+
+/// Address space behind one page table.
+const PAGE_TABLE_BYTES: usize = 2 << 20;
+/// Bytes locked between two looks at the reserve.
+const ADOPT_SLICE: usize = 32 << 20;
 
 /// What is resident.
 pub(crate) struct Residency {
@@ -22,8 +33,8 @@ pub(crate) struct Residency {
 }
 
 impl Arena {
-    /// Finds what is resident and takes it into this mapping, locked. Waits for no new memory but
-    /// that of page tables, unless something was swapped out.
+    /// Finds what is resident, and takes the metadata and the frames' page tables over. Waits for
+    /// no new memory but that of page tables, unless something was swapped out.
     pub fn residency(&self) -> Result<Residency> {
         let mut found = Residency {
             entries: 0,
@@ -33,7 +44,7 @@ impl Arena {
         };
         if self.map.file().hugetlb() {
             for range in self.grown() {
-                self.map.populate(range.start, range.len())?;
+                self.map.adopt(range.start, range.len())?;
                 self.note(&mut found, range);
             }
             return Ok(found);
@@ -41,10 +52,36 @@ impl Arena {
         let mut from = 0;
         while let Some(range) = self.map.file().next_data(from, self.at.end)? {
             from = range.end;
-            self.map.populate(range.start, range.len())?;
+            let metadata = range.start..range.end.min(self.at.frames_at);
+            if !metadata.is_empty() {
+                self.map.adopt(metadata.start, metadata.len())?;
+            }
+            self.adopt_tables(range.start.max(self.at.frames_at)..range.end)?;
             self.note(&mut found, range);
         }
         Ok(found)
+    }
+
+    /// Takes the first page of each page table of the range over, and so the table.
+    fn adopt_tables(&self, range: Range<usize>) -> Result<()> {
+        let mut at = range.start;
+        while at < range.end {
+            self.map.adopt(at, 1)?;
+            at = (at / PAGE_TABLE_BYTES + 1) * PAGE_TABLE_BYTES;
+        }
+        Ok(())
+    }
+
+    /// Takes a slice of what is resident from offset `from` on over, locked. Returns where to go on,
+    /// or None at the end. Growth thread only: nobody else gives back what was found resident.
+    pub fn adopt_slice(&self, from: usize) -> Result<Option<usize>> {
+        if self.map.file().hugetlb() {
+            return Ok(None);
+        }
+        let Some(range) = self.map.file().next_data(from, self.at.end)? else { return Ok(None) };
+        let end = range.end.min(range.start + ADOPT_SLICE);
+        self.map.adopt(range.start, end - range.start)?;
+        Ok(Some(end))
     }
 
     /// Where hugetlbfs keeps all that was ever grown.

@@ -41,11 +41,23 @@ pub(super) struct Growth {
     taken_then: u64,
     per_second: u64,
     surplus_since: Option<Instant>,
+    /// Up to where the memory of an arena that was found is locked; None: all of it is.
+    adopted_to: Option<usize>,
 }
 
 impl Growth {
-    pub fn new(shared: Arc<Shared>, frames: Resident, meta: Resident) -> Growth {
-        Growth { frames, meta, rate_since: Instant::now(), taken_then: 0, per_second: 0, surplus_since: None, shared }
+    /// With what is resident already; `found`: by an earlier store, so it is not locked yet.
+    pub fn new(shared: Arc<Shared>, frames: Resident, meta: Resident, found: bool) -> Growth {
+        Growth {
+            frames,
+            meta,
+            rate_since: Instant::now(),
+            taken_then: 0,
+            per_second: 0,
+            surplus_since: None,
+            adopted_to: found.then_some(0),
+            shared,
+        }
     }
 
     pub fn run(&mut self) {
@@ -54,8 +66,22 @@ impl Growth {
                 // The host refuses memory: writes park and cleaning goes on; try again.
                 tracing::warn!("the store cannot grow: {e}");
             }
-            std::thread::park_timeout(NAP);
+            if !self.adopt() {
+                std::thread::park_timeout(NAP);
+            }
         }
+    }
+
+    /// Locks some more of the memory of an arena that was found. False: all of it is.
+    fn adopt(&mut self) -> bool {
+        let Some(from) = self.adopted_to else { return false };
+        let shared = self.shared.clone();
+        let _busy = shared.quiet[0].lock().unwrap_or_else(PoisonError::into_inner);
+        self.adopted_to = shared.arena.adopt_slice(from).unwrap_or_else(|e| {
+            tracing::warn!("the arena is not locked from byte {from} on: {e}");
+            None
+        });
+        true
     }
 
     /// Brings the reserve to where the policy wants it.

@@ -173,7 +173,8 @@ impl Store {
     /// `segment_bytes` that is given; a limit above that of the arena's first store is cut to it.
     /// An arena that cannot be opened is refused with [`Error::BadArena`] and keeps what it holds.
     ///
-    /// No more memory is asked for here than an arena found needs; growth begins behind it.
+    /// No more memory is asked for here than the walk over an arena found needs. Growth, and the
+    /// locking of what the arena holds, go on behind it in the growth thread.
     pub fn open_arena(config: StoreConfig, arena: OwnedFd) -> Result<Store> {
         let (shared, mut growth, fresh) = build(config, arena)?;
         if fresh {
@@ -314,7 +315,7 @@ fn build(config: StoreConfig, arena: OwnedFd) -> Result<(Arc<Shared>, grow::Grow
         arena,
         config,
     });
-    let growth = grow::Growth::new(shared.clone(), frames, meta);
+    let growth = grow::Growth::new(shared.clone(), frames, meta, found);
     Ok((shared, growth, !found))
 }
 

@@ -5,7 +5,8 @@
 //! else (free lists, live bytes, counters, what is open, being cleaned, retired or half taken out)
 //! follows from a walk, and is not read but made anew here:
 //!
-//! 1. what is resident is asked of the kernel, and locked (`arena/scan.rs`);
+//! 1. what is resident is asked of the kernel, and mapped as far as the walk needs it
+//!    (`arena/scan.rs`; growth locks the rest while the store serves already);
 //! 2. live bytes are set to zero (`log/rebuild.rs`);
 //! 3. the maps are walked, thawed and pruned, pages and live bytes counted (`map/rebuild.rs`);
 //! 4. segments with live bytes are sealed, all others set free;
