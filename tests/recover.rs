@@ -406,6 +406,33 @@ fn a_second_process_is_kept_out() {
     assert_eq!(wait(second()), End::Exit(9));
 }
 
+/// Needs 32 free huge pages (`sysctl vm.nr_hugepages=32`); says so and rests without them.
+#[test]
+fn an_arena_of_huge_pages_is_found_again() {
+    let info = std::fs::read_to_string("/proc/meminfo").unwrap();
+    let free = info.lines().find_map(|l| l.strip_prefix("HugePages_Free:")?.trim().parse::<u64>().ok());
+    if free.unwrap_or(0) < 32 {
+        println!("not run: fewer than 32 free huge pages");
+        return;
+    }
+    let config = || StoreConfig { hugetlb: true, ..config("ram,limit=16M") };
+    let arena = create_arena(true).unwrap();
+    let store = Store::open_arena(config(), arena.try_clone().unwrap()).unwrap();
+    filled(&store, 1 << 30, 600);
+    let before = store.stats();
+    drop(store);
+    for _ in 0..2 {
+        let store = Store::open_arena(config(), arena.try_clone().unwrap()).unwrap();
+        store.audit().unwrap();
+        compare(&store, 0, 600);
+        let after = store.stats();
+        assert_eq!((after.stored_pages, after.held_bytes), (before.stored_pages, before.held_bytes));
+    }
+    let store = Store::open_arena(config(), arena).unwrap();
+    filled(&store, 1 << 30, 600);
+    compare(&store, 1, 600);
+}
+
 /// Bytes of the arena's mapping in this process that are locked: the greatest `Locked:` there is.
 fn locked_bytes() -> u64 {
     let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();

@@ -65,14 +65,15 @@ impl Segments {
         }
         let e = arena.segment_entry(s);
         let word = e[1].load(Ordering::Relaxed);
-        let used = word >> USED_SHIFT;
+        let (used, live) = (word >> USED_SHIFT, (word & LIVE) + u64::from(share));
         // Nobody else is at the table yet: plain loads and stores do.
         let used = match e[0].load(Ordering::Relaxed) & STATE {
+            _ if live > arena.segment_bytes() as u64 => return false,
             OPEN => used.max(u64::from(offset)),
             SEALED | CLEANING if u64::from(offset) < used => used,
             _ => return false,
         };
-        e[1].store(used << USED_SHIFT | (word & LIVE) + u64::from(share), Ordering::Relaxed);
+        e[1].store(used << USED_SHIFT | live, Ordering::Relaxed);
         true
     }
 
