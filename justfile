@@ -11,6 +11,10 @@ check:
 test:
     ./scripts/test
 
+# A kill at every crash point of a scripted history, and of its recovery
+crash:
+    cargo test -p ghostswap --release --features crash-points --test crash_points
+
 # The main job in a guest
 vm *ARGS:
     ./scripts/quickstart {{ARGS}}

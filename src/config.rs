@@ -90,6 +90,16 @@ pub enum CodecChoice {
     Zstd(i32),
 }
 
+impl CodecChoice {
+    /// Its bit among the codecs in use in an arena: the number that records give it.
+    pub(crate) fn bit(self) -> u64 {
+        match self {
+            CodecChoice::Lz4 => 1 << crate::codec::LZ4,
+            CodecChoice::Zstd(_) => 1 << crate::codec::ZSTD,
+        }
+    }
+}
+
 impl FromStr for CodecChoice {
     type Err = String;
     fn from_str(s: &str) -> std::result::Result<Self, String> {
@@ -212,8 +222,33 @@ pub(crate) struct Checked {
     pub group_pages: usize,
     pub max_lanes: usize,
     pub segment_bytes: u32,
+    /// The user chose `segment_bytes`: an arena with another size is refused.
+    pub segment_bytes_given: bool,
     pub hugetlb: bool,
     pub thread_start: Option<fn(&str)>,
+    /// Most pages that a record in the arena may hold: `group_pages`, or more by an earlier store.
+    pub group_pages_seen: usize,
+    /// Codecs of which the arena may hold records, a bit each, by this store and earlier ones.
+    pub codecs_seen: u64,
+}
+
+impl Checked {
+    /// Fits the choices to an arena that is there already. Its segments keep their size; a limit
+    /// may be lower than the one it was made for, a higher one ends where its frames do.
+    pub fn fit(&mut self, segment_bytes: usize, capacity_bytes: u64) -> Result<()> {
+        if self.segment_bytes_given && self.segment_bytes as usize != segment_bytes {
+            return Err(Error::BadArena(format!(
+                "its segments have {segment_bytes} bytes, not the {} asked for",
+                self.segment_bytes
+            )));
+        }
+        self.segment_bytes = segment_bytes as u32;
+        if self.limit_bytes / segment_bytes as u64 > capacity_bytes / segment_bytes as u64 {
+            tracing::warn!("the arena was made for a limit of {}: that holds", format_size(capacity_bytes));
+            self.limit_bytes = capacity_bytes;
+        }
+        Ok(())
+    }
 }
 
 impl StoreConfig {
@@ -249,8 +284,11 @@ impl StoreConfig {
             group_pages: tier.group as usize / PAGE_BYTES,
             max_lanes: self.max_lanes,
             segment_bytes,
+            segment_bytes_given: self.segment_bytes.is_some(),
             hugetlb: self.hugetlb,
             thread_start: self.thread_start,
+            group_pages_seen: tier.group as usize / PAGE_BYTES,
+            codecs_seen: tier.codec.bit(),
         })
     }
 }

@@ -43,6 +43,13 @@ pub enum Error {
     },
     /// A configuration that cannot be served; says what and why.
     InvalidConfig(String),
+    /// What was handed over as an arena cannot be opened as one; says why. Nothing in it was lost.
+    BadArena(String),
+    /// No volume has this number.
+    NoVolume {
+        /// The number asked for.
+        volume: u8,
+    },
     /// All lanes or volumes that the store was opened for are taken.
     TooMany {
         /// What there are too many of.
@@ -72,6 +79,8 @@ impl fmt::Display for Error {
                 write!(f, "page {page}: its record at segment {segment} offset {offset} does not decode")
             }
             Error::InvalidConfig(why) => write!(f, "{why}"),
+            Error::BadArena(why) => write!(f, "the arena cannot be opened: {why}"),
+            Error::NoVolume { volume } => write!(f, "there is no volume {volume}"),
             Error::TooMany { what, max } => write!(f, "all {max} {what} are in use"),
             Error::System { what, source } => write!(f, "{what}: {source}"),
         }

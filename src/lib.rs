@@ -8,7 +8,11 @@
 //! caller's buffer. Neither takes a lock, allocates, or waits.
 //!
 //! Behind them the growth thread keeps memory ready (`store/grow.rs`) and the cleaner makes room
-//! (`store/clean.rs`). docs/ARCHITECTURE.md tells the rest.
+//! (`store/clean.rs`). What a store wrote outlives it: [`Store::open_arena`] takes up the arena
+//! that a killed process left (`store/recover.rs`). docs/ARCHITECTURE.md tells the rest.
+
+#[macro_use]
+mod crash;
 
 mod arena;
 mod codec;
@@ -21,10 +25,17 @@ mod stats;
 mod store;
 mod volume;
 
+pub use arena::create_arena;
 pub use config::{StoreConfig, TierConfig};
+#[cfg(feature = "crash-points")]
+#[doc(hidden)]
+pub use crash::set_hook as set_crash_hook;
 pub use error::{Error, Result};
 pub use page::{MAX_VOLUMES, MAX_VOLUME_BYTES, PAGE_BYTES};
 pub use stats::Stats;
+#[cfg(feature = "crash-points")]
+#[doc(hidden)]
+pub use store::Steps;
 pub use store::{Lane, Store};
 pub use volume::Volume;
 

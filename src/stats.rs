@@ -16,6 +16,8 @@ pub struct Stats {
     /// Pages filled with a pattern other than zero, kept in the slot.
     pub filled_pages: u64,
     pub zero_pages: u64,
+    /// Pages that were acknowledged and cannot be had any more.
+    pub lost_pages: u64,
     /// Bytes of records that are live, headers included.
     pub live_bytes: u64,
     pub segments_used: u64,
@@ -55,6 +57,9 @@ impl fmt::Display for Stats {
             "pages     {} compressed or raw, {} same-filled, {} zero",
             self.stored_pages, self.filled_pages, self.zero_pages
         )?;
+        if self.lost_pages > 0 {
+            writeln!(f, "LOST      {} pages", self.lost_pages)?;
+        }
         writeln!(f, "stored    {} of data in {} ({ratio:.2} to 1)", format_size(plain), format_size(self.live_bytes))?;
         writeln!(
             f,

@@ -18,6 +18,11 @@ impl Volume {
         Volume { store, id, bytes }
     }
 
+    /// Its number within the store: how [`Store::open_volume`] finds it again.
+    pub fn id(&self) -> u8 {
+        self.id.0
+    }
+
     /// Size in bytes.
     pub fn bytes(&self) -> u64 {
         self.bytes

@@ -1,9 +1,12 @@
-//! The mapping itself: a sparse memfd that outlives any pointer into it. Everything in the arena
-//! is named by byte offset. The library's only file with `codec/lz4.rs` that holds unsafe code.
+//! The mapping itself: a sparse shared file that outlives any pointer into it. Everything in the
+//! arena is named by byte offset. With `arena/file.rs` and `codec/lz4.rs` the library's only file
+//! that holds unsafe code.
 //!
 //! The whole range is mapped once and locked on fault (`mlock2(MLOCK_ONFAULT)`), so a page that
-//! was populated stays resident, and one that was not costs nothing. Populating and giving back is
-//! the business of the growth thread alone: no other thread may be the first to touch a page.
+//! was populated stays resident, and one that was not costs nothing. What an earlier process left
+//! resident is neither in this mapping nor locked by it until it is populated again. Populating
+//! and giving back is the business of recovery and then of the growth thread alone: no other
+//! thread may be the first to touch a page.
 //!
 //! Sharing: words are reached as atomics. Bytes of records are written through a pointer by the
 //! one lane that owns the open segment, and read by others only after the slot word that names
@@ -11,15 +14,16 @@
 //! a word has left (see `log/epoch.rs`).
 #![allow(unsafe_code, reason = "memory mapping and raw access to it")]
 
+use super::file::ArenaFile;
 use crate::error::{system, Result};
+use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
 /// A sparse shared mapping.
 pub(crate) struct Mapping {
     base: *mut u8,
     len: usize,
-    fd: libc::c_int,
-    hugetlb: bool,
+    file: ArenaFile,
 }
 
 // SAFETY: the mapping is plain shared memory; all access goes through atomics or through the
@@ -29,19 +33,8 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    pub fn new(len: usize, hugetlb: bool) -> Result<Mapping> {
-        let flags = libc::MFD_CLOEXEC | if hugetlb { libc::MFD_HUGETLB } else { 0 };
-        // SAFETY: a constant NUL-terminated name and valid flags.
-        let fd = unsafe { libc::memfd_create(c"ghostswap".as_ptr(), flags) };
-        if fd < 0 {
-            return Err(system("memfd_create for the arena"));
-        }
-        // From here the descriptor is closed by Drop on every path.
-        let mut mapping = Mapping { base: std::ptr::null_mut(), len: 0, fd, hugetlb };
-        // SAFETY: fd is ours.
-        if unsafe { libc::ftruncate(fd, len as libc::off_t) } != 0 {
-            return Err(system("sizing the arena"));
-        }
+    /// Maps all of a file of `len` bytes.
+    pub fn new(file: ArenaFile, len: usize) -> Result<Mapping> {
         // SAFETY: a fresh shared mapping of our own file at an address the kernel picks.
         let base = unsafe {
             libc::mmap(
@@ -49,20 +42,22 @@ impl Mapping {
                 len,
                 libc::PROT_READ | libc::PROT_WRITE,
                 libc::MAP_SHARED | libc::MAP_NORESERVE,
-                fd,
+                file.fd().as_raw_fd(),
                 0,
             )
         };
         if base == libc::MAP_FAILED {
             return Err(system("mapping the arena"));
         }
-        mapping.base = base.cast();
-        mapping.len = len;
         // Without the right to lock (no CAP_IPC_LOCK, small RLIMIT_MEMLOCK) the store works, but
         // its memory can itself be swapped: fine for an export, checked by front ends that swap.
         // SAFETY: the range is our mapping.
         unsafe { libc::mlock2(base, len, libc::MLOCK_ONFAULT as libc::c_uint) };
-        Ok(mapping)
+        Ok(Mapping { base: base.cast(), len, file })
+    }
+
+    pub fn file(&self) -> &ArenaFile {
+        &self.file
     }
 
     pub fn u64_at(&self, offset: usize) -> &AtomicU64 {
@@ -104,41 +99,35 @@ impl Mapping {
         unsafe { std::slice::from_raw_parts_mut(self.base.add(offset), len) }
     }
 
-    /// Makes the range resident (and locked). May wait for memory: growth thread only.
+    /// Makes the range resident (and locked). May wait for memory: growth thread and recovery only.
     pub fn populate(&self, offset: usize, len: usize) -> Result<()> {
+        self.advise(offset, len, libc::MADV_POPULATE_WRITE)
+    }
+
+    /// Takes a range that is in the file already into this mapping (and locks it). Several times as
+    /// fast as `populate`, since the kernel maps up to 16 pages at a time; a shared mapping of
+    /// memory needs no second fault for the first write.
+    pub fn adopt(&self, offset: usize, len: usize) -> Result<()> {
+        self.advise(offset, len, libc::MADV_POPULATE_READ)
+    }
+
+    fn advise(&self, offset: usize, len: usize, how: libc::c_int) -> Result<()> {
         assert!(offset + len <= self.len, "populated range lies in the arena");
-        let unit = if self.hugetlb { 2 << 20 } else { 4096 };
+        let unit = self.file.unit();
         let start = offset / unit * unit;
         let end = (offset + len).div_ceil(unit) * unit;
         // SAFETY: a range of our mapping (its length is a multiple of the unit).
-        let done = unsafe { libc::madvise(self.base.add(start).cast(), end - start, libc::MADV_POPULATE_WRITE) };
-        if done != 0 {
+        if unsafe { libc::madvise(self.base.add(start).cast(), end - start, how) } != 0 {
             return Err(system("populating the arena"));
         }
         Ok(())
-    }
-
-    /// Gives the range back to the host; it reads as zeros afterwards. Hugetlb pages stay.
-    pub fn give_back(&self, offset: usize, len: usize) -> bool {
-        if self.hugetlb {
-            return false;
-        }
-        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-        // SAFETY: punching a hole in our own file; also drops the pages from the mapping.
-        unsafe { libc::fallocate(self.fd, mode, offset as libc::off_t, len as libc::off_t) == 0 }
     }
 }
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: unmaps what new() mapped (if it did) and closes our descriptor; self is gone
-        // afterwards and all borrows of it with it.
-        unsafe {
-            if !self.base.is_null() {
-                libc::munmap(self.base.cast(), self.len);
-            }
-            libc::close(self.fd);
-        }
+        // SAFETY: unmaps what new() mapped; self is gone afterwards and all borrows of it with it.
+        unsafe { libc::munmap(self.base.cast(), self.len) };
     }
 }
 

@@ -2,38 +2,45 @@
 //! indices, never by pointers.
 //!
 //! ```text
-//! 0                 superblock (64 KiB): magic, version, geometry
+//! 0                 superblock (64 KiB): magic, version, geometry, the volumes' sizes
 //! volume roots      64 × 32 KiB: the top node of each volume's map
 //! segment table     32 bytes a segment: where it lives, what of it is live
 //! metadata pages    4 KiB nodes of the maps, on demand
 //! frames            bytes of the segments in memory, on demand
 //! ```
 //! Free metadata pages hang in a stack through their first word; they are zero but for it. Free
-//! frames and segment ids are kept in stacks outside the arena, since a walk rebuilds them.
+//! frames and segment ids are kept in stacks outside the arena, since a walk rebuilds them. None of
+//! the three is trusted when an arena is opened again: what no slot and no link leads to is free.
 //!
 //! Lock order: none here. Both stacks are lock-free with a tag against ABA.
 
+mod file;
 mod mapping;
+mod resident;
+mod scan;
 mod stack;
+mod superblock;
 
-pub(crate) use mapping::{host_memory, Mapping};
-pub(crate) use stack::IndexStack;
+pub use file::create_arena;
+pub(crate) use mapping::host_memory;
+pub(crate) use resident::Resident;
+pub(crate) use scan::Residency;
 
 use crate::config::Checked;
-use crate::error::Result;
-use crate::page::{FrameNo, MetaNo, SegmentId, VolumeId, MAX_VOLUMES, PAGE_BYTES};
+use crate::error::{Error, Result};
+use crate::page::{FrameNo, MetaNo, SegmentId, VolumeId, PAGE_BYTES};
+use file::ArenaFile;
+use mapping::Mapping;
+use stack::IndexStack;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use superblock::{Geometry, Layout, Superblock};
 
-/// First 8 bytes of an arena.
-pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"GHOSTSWP");
-/// Layout version; an arena of another one is refused.
-pub(crate) const VERSION: u64 = 1;
 /// Entries of a volume's top node.
 pub(crate) const ROOT_ENTRIES: usize = 8192;
 /// Bytes of a segment table entry.
 pub(crate) const SEGMENT_ENTRY_BYTES: usize = 32;
 
-const SUPERBLOCK_BYTES: usize = 64 << 10;
 const ROOT_BYTES: usize = ROOT_ENTRIES * 4;
 /// Growth touches memory in steps of this, so that one step cannot wait long.
 const POPULATE_STEP: usize = 64 << 10;
@@ -41,13 +48,8 @@ const POPULATE_STEP: usize = 64 << 10;
 /// The arena and its free lists.
 pub(crate) struct Arena {
     map: Mapping,
-    segment_bytes: usize,
-    roots_at: usize,
-    table_at: usize,
-    meta_at: usize,
-    frames_at: usize,
-    max_frames: u32,
-    max_meta: u32,
+    geometry: Geometry,
+    at: Layout,
     meta_head: AtomicU64,
     /// Free metadata pages, populated.
     meta_ready: AtomicU32,
@@ -57,70 +59,88 @@ pub(crate) struct Arena {
 }
 
 impl Arena {
-    pub fn new(c: &Checked) -> Result<Arena> {
-        let unit = if c.hugetlb { 2 << 20 } else { PAGE_BYTES };
-        let up = |n: usize| n.div_ceil(unit) * unit;
-        let segment_bytes = c.segment_bytes as usize;
-        let max_frames = (c.limit_bytes / segment_bytes as u64).min((1 << 24) - 1) as u32;
-        let max_meta = (c.limit_bytes / PAGE_BYTES as u64).min((1 << 31) - 2) as u32;
-        let roots_at = SUPERBLOCK_BYTES;
-        let table_at = up(roots_at + MAX_VOLUMES * ROOT_BYTES);
-        let meta_at = up(table_at + max_frames as usize * SEGMENT_ENTRY_BYTES);
-        // Metadata pages are numbered from 1, so that 0 can mean "none".
-        let frames_at = up(meta_at + (max_meta as usize + 1) * PAGE_BYTES);
-        let frames_at = frames_at.div_ceil(2 << 20) * (2 << 20);
-        let end = up(frames_at + max_frames as usize * segment_bytes);
-        let map = Mapping::new(end, c.hugetlb)?;
-        map.populate(0, PAGE_BYTES)?;
-        for (i, v) in
-            [MAGIC, VERSION, segment_bytes as u64, u64::from(max_frames), u64::from(max_meta)].iter().enumerate()
-        {
-            map.u64_at(i * 8).store(*v, Ordering::Relaxed);
+    /// Opens the arena in a file, an empty one being made an arena by the configuration. True: it
+    /// was there already, and nothing in it is free until recovery has walked it. The
+    /// configuration is fitted to what it finds.
+    pub fn open(c: &mut Checked, fd: OwnedFd) -> Result<(Arena, bool)> {
+        let file = ArenaFile::claim(fd)?;
+        if c.hugetlb && !file.hugetlb() {
+            return Err(Error::BadArena("it is not made of huge pages, which were asked for".into()));
         }
-        Ok(Arena {
+        let found = Geometry::found(&file)?;
+        let geometry = match found {
+            Some(g) => {
+                c.fit(g.segment_bytes, u64::from(g.max_frames) * g.segment_bytes as u64)?;
+                g
+            }
+            None => Geometry::wanted(c, file.unit()),
+        };
+        let at = geometry.layout();
+        if found.is_none() {
+            file.resize(at.end)?;
+        }
+        let map = Mapping::new(file, at.end)?;
+        map.populate(0, PAGE_BYTES)?;
+        if found.is_none() {
+            Superblock(&map).initialise(&geometry);
+        }
+        (c.group_pages_seen, c.codecs_seen) = Superblock(&map).allow(c.group_pages, c.codec.bit());
+        let arena = Arena {
             map,
-            segment_bytes,
-            roots_at,
-            table_at,
-            meta_at,
-            frames_at,
-            max_frames,
-            max_meta,
+            geometry,
+            at,
             meta_head: AtomicU64::new(0),
             meta_ready: AtomicU32::new(0),
-            frames: IndexStack::new(max_frames as usize),
-            ids: IndexStack::new(max_frames as usize),
-        })
+            frames: IndexStack::new(geometry.max_frames as usize),
+            ids: IndexStack::new(geometry.max_frames as usize),
+        };
+        Ok((arena, found.is_some()))
     }
 
     pub fn max_frames(&self) -> u32 {
-        self.max_frames
+        self.geometry.max_frames
     }
     pub fn max_meta(&self) -> u32 {
-        self.max_meta
+        self.geometry.max_meta
     }
     pub fn segment_bytes(&self) -> usize {
-        self.segment_bytes
+        self.geometry.segment_bytes
+    }
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.map.file().fd()
     }
 
-    // --- volume roots -------------------------------------------------------------------------
+    // --- volumes ------------------------------------------------------------------------------
+
+    /// Sizes of the volumes there are.
+    pub fn volumes(&self) -> Result<Vec<u64>> {
+        Superblock(&self.map).volumes()
+    }
+
+    /// Makes a volume: its root is there before its size says that it exists.
+    pub fn create_volume(&self, v: VolumeId, bytes: u64) -> Result<()> {
+        self.populate_root(v)?;
+        crash_point!("volume: root populated, size not stored");
+        Superblock(&self.map).volume_bytes(v).store(bytes, Ordering::Release);
+        Ok(())
+    }
 
     pub fn populate_root(&self, v: VolumeId) -> Result<()> {
-        self.map.populate(self.roots_at + v.0 as usize * ROOT_BYTES, ROOT_BYTES)
+        self.map.populate(self.at.roots_at + v.0 as usize * ROOT_BYTES, ROOT_BYTES)
     }
     pub fn root(&self, v: VolumeId) -> &[AtomicU32] {
-        self.map.halves_at(self.roots_at + v.0 as usize * ROOT_BYTES, ROOT_ENTRIES)
+        self.map.halves_at(self.at.roots_at + v.0 as usize * ROOT_BYTES, ROOT_ENTRIES)
     }
 
     // --- metadata pages -----------------------------------------------------------------------
 
     /// A metadata page as a leaf of slots.
     pub fn leaf(&self, m: MetaNo) -> &[AtomicU64] {
-        self.map.words_at(self.meta_at + m.0 as usize * PAGE_BYTES, PAGE_BYTES / 8)
+        self.map.words_at(self.at.meta_at + m.0 as usize * PAGE_BYTES, PAGE_BYTES / 8)
     }
     /// A metadata page as an inner node of links.
     pub fn node(&self, m: MetaNo) -> &[AtomicU32] {
-        self.map.halves_at(self.meta_at + m.0 as usize * PAGE_BYTES, PAGE_BYTES / 4)
+        self.map.halves_at(self.at.meta_at + m.0 as usize * PAGE_BYTES, PAGE_BYTES / 4)
     }
     pub fn meta_ready(&self) -> u32 {
         self.meta_ready.load(Ordering::Relaxed)
@@ -166,17 +186,21 @@ impl Arena {
 
     /// Makes a run of metadata pages resident and free. Growth thread only.
     pub fn grow_meta(&self, first: MetaNo, count: u32) -> Result<()> {
-        self.map.populate(self.meta_at + first.0 as usize * PAGE_BYTES, count as usize * PAGE_BYTES)?;
+        self.map.populate(self.at.meta_at + first.0 as usize * PAGE_BYTES, count as usize * PAGE_BYTES)?;
+        crash_point!("grow metadata: resident, not counted");
         for i in 0..count {
             self.put_meta(MetaNo(first.0 + i));
         }
+        let grown = u64::from(first.0 + count - 1);
+        Superblock(&self.map).grown_meta().fetch_max(grown, Ordering::Release);
         Ok(())
     }
 
     /// Gives a free page's memory back to the host. Growth thread only.
     pub fn shrink_meta(&self) -> Option<MetaNo> {
         let m = self.take_meta()?;
-        if self.map.give_back(self.meta_at + m.0 as usize * PAGE_BYTES, PAGE_BYTES) {
+        crash_point!("shrink metadata: taken, still resident");
+        if self.map.file().give_back(self.at.meta_at + m.0 as usize * PAGE_BYTES, PAGE_BYTES) {
             return Some(m);
         }
         self.put_meta(m);
@@ -187,9 +211,12 @@ impl Arena {
 
     /// The segment table entry, four words.
     pub fn segment_entry(&self, s: SegmentId) -> &[AtomicU64] {
-        self.map.words_at(self.table_at + s.0 as usize * SEGMENT_ENTRY_BYTES, SEGMENT_ENTRY_BYTES / 8)
+        self.map.words_at(self.at.table_at + s.0 as usize * SEGMENT_ENTRY_BYTES, SEGMENT_ENTRY_BYTES / 8)
     }
 
+    pub fn ids_ready(&self) -> u32 {
+        self.ids.len()
+    }
     pub fn frames_ready(&self) -> u32 {
         self.frames.len()
     }
@@ -210,24 +237,32 @@ impl Arena {
 
     /// Makes a frame resident and free. Growth thread only; may wait for memory.
     pub fn grow_frame(&self, f: FrameNo, first_time: bool) -> Result<()> {
-        let at = self.frame_at(f);
-        let mut done = 0;
-        while done < self.segment_bytes {
-            self.map.populate(at + done, POPULATE_STEP.min(self.segment_bytes))?;
-            done += POPULATE_STEP;
-        }
+        self.populate_frame(f)?;
+        crash_point!("grow frame: resident, not counted");
         if first_time {
-            self.map.populate(self.table_at + f.0 as usize * SEGMENT_ENTRY_BYTES, SEGMENT_ENTRY_BYTES)?;
+            self.map.populate(self.at.table_at + f.0 as usize * SEGMENT_ENTRY_BYTES, SEGMENT_ENTRY_BYTES)?;
+            Superblock(&self.map).grown_frames().fetch_max(u64::from(f.0) + 1, Ordering::Release);
+            crash_point!("grow frame: resident with its table entry, not counted");
             self.ids.push(f.0);
         }
         self.frames.push(f.0);
         Ok(())
     }
 
+    fn populate_frame(&self, f: FrameNo) -> Result<()> {
+        let at = self.frame_at(f);
+        for done in (0..self.segment_bytes()).step_by(POPULATE_STEP) {
+            crash_point!("grow frame: partly resident");
+            self.map.populate(at + done, POPULATE_STEP.min(self.segment_bytes()))?;
+        }
+        Ok(())
+    }
+
     /// Gives a free frame's memory back to the host. Growth thread only.
     pub fn shrink_frame(&self, keep: u32) -> Option<FrameNo> {
         let f = FrameNo(self.frames.pop(keep)?);
-        if self.map.give_back(self.frame_at(f), self.segment_bytes) {
+        crash_point!("shrink frame: taken, still resident");
+        if self.map.file().give_back(self.frame_at(f), self.segment_bytes()) {
             return Some(f);
         }
         self.frames.push(f.0);
@@ -235,19 +270,19 @@ impl Arena {
     }
 
     fn frame_at(&self, f: FrameNo) -> usize {
-        self.frames_at + f.0 as usize * self.segment_bytes
+        self.at.frames_at + f.0 as usize * self.segment_bytes()
     }
 
     /// Published bytes of a segment in memory; the rules of `Mapping::bytes` hold.
     pub fn record_bytes(&self, f: FrameNo, offset: usize, len: usize) -> &[u8] {
-        assert!(offset + len <= self.segment_bytes, "a record lies within its segment");
+        assert!(offset + len <= self.segment_bytes(), "a record lies within its segment");
         self.map.bytes(self.frame_at(f) + offset, len)
     }
 
     /// The unwritten tail of an open segment; the rules of `Mapping::tail` hold.
     #[allow(clippy::mut_from_ref, reason = "see Mapping::tail")]
     pub fn open_tail(&self, f: FrameNo, offset: usize, len: usize) -> &mut [u8] {
-        assert!(offset + len <= self.segment_bytes, "a tail lies within its segment");
+        assert!(offset + len <= self.segment_bytes(), "a tail lies within its segment");
         self.map.tail(self.frame_at(f) + offset, len)
     }
 }

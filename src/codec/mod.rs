@@ -57,7 +57,8 @@ pub(crate) struct Codec {
 }
 
 impl Codec {
-    pub fn new(choice: CodecChoice) -> Codec {
+    /// `seen` has a bit for each codec whose payloads may come to be decompressed.
+    pub fn new(choice: CodecChoice, seen: u64) -> Codec {
         let zstd = |level| {
             let mut c = CCtx::create();
             for p in [
@@ -74,7 +75,7 @@ impl Codec {
             CodecChoice::Lz4 => Compressor::Lz4(lz4::Lz4::new()),
             CodecChoice::Zstd(level) => Compressor::Zstd { page: zstd(level), group: zstd(level) },
         };
-        let dctx = matches!(choice, CodecChoice::Zstd(_)).then(DCtx::create);
+        let dctx = ((seen | choice.bit()) >> ZSTD & 1 == 1).then(DCtx::create);
         let mut codec = Codec { compressor, dctx };
         codec.warm_up();
         codec
@@ -140,7 +141,7 @@ mod tests {
     #[test]
     fn every_codec_round_trips_and_refuses_damage() {
         for choice in [CodecChoice::Lz4, CodecChoice::Zstd(1), CodecChoice::Zstd(-1), CodecChoice::Zstd(9)] {
-            let mut c = Codec::new(choice);
+            let mut c = Codec::new(choice, 0);
             let src: Vec<u8> = (0..4 * PAGE_BYTES).map(|i| (i / 7 * 13) as u8).collect();
             for len in [PAGE_BYTES, 4 * PAGE_BYTES] {
                 let (mut packed, mut plain) = (vec![0; len], vec![0; len]);

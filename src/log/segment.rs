@@ -11,23 +11,27 @@
 //! before the slot that names them is committed and taken off after the slot that named them was
 //! exchanged, so they never fall short of the truth. Whoever brings a sealed segment to zero
 //! retires it; the exchange of the state word makes sure that this happens once.
+//!
+//! Killed between any two of these stores, the table is good enough for `log/rebuild.rs`: a slot
+//! names only segments that are open, sealed or being cleaned, and `bytes used` of the latter two
+//! was stored before their state.
 
 use crate::arena::Arena;
 use crate::log::record::{Header, GROUP_HEADER, SINGLE_HEADER};
 use crate::page::{FrameNo, SegmentId};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-const STATE: u64 = 0xff;
-const FREE: u64 = 0;
-const OPEN: u64 = 1;
-const SEALED: u64 = 2;
-const CLEANING: u64 = 3;
-const RETIRED: u64 = 4;
-const USED_SHIFT: u32 = 32;
+pub(super) const STATE: u64 = 0xff;
+pub(super) const FREE: u64 = 0;
+pub(super) const OPEN: u64 = 1;
+pub(super) const SEALED: u64 = 2;
+pub(super) const CLEANING: u64 = 3;
+pub(super) const RETIRED: u64 = 4;
+pub(super) const USED_SHIFT: u32 = 32;
 
 /// The segment table, with what is counted over all of it.
 pub(crate) struct Segments {
-    sequence: AtomicU64,
+    pub(super) sequence: AtomicU64,
     /// Retired segments wait here for their grace period: a bit each.
     retired: Box<[AtomicU64]>,
     retired_any: AtomicU64,
@@ -55,6 +59,7 @@ impl Segments {
         let e = arena.segment_entry(segment);
         debug_assert_eq!(e[0].load(Ordering::Relaxed) & STATE, FREE);
         e[1].store(0, Ordering::Relaxed);
+        crash_point!("open: counts cleared, state still free");
         e[0].store(OPEN | u64::from(frame.0) << 32, Ordering::Release);
         Some(Open { segment, frame, used: 0 })
     }
@@ -80,8 +85,11 @@ impl Segments {
     pub fn seal(&self, arena: &Arena, open: Open) -> bool {
         let e = arena.segment_entry(open.segment);
         e[2].store(self.sequence.fetch_add(1, Ordering::Relaxed), Ordering::Relaxed);
+        crash_point!("seal: sequence stored");
         e[1].fetch_add((open.used as u64) << USED_SHIFT, Ordering::AcqRel);
+        crash_point!("seal: used stored, state still open");
         e[0].store(SEALED | u64::from(open.frame.0) << 32, Ordering::SeqCst);
+        crash_point!("seal: sealed");
         self.retire_if_dead(arena, open.segment)
     }
 
@@ -95,6 +103,7 @@ impl Segments {
         if e[0].compare_exchange(state, retired, Ordering::SeqCst, Ordering::Relaxed).is_err() {
             return false;
         }
+        crash_point!("retire: retired, on no list");
         self.retired[s.0 as usize / 64].fetch_or(1 << (s.0 % 64), Ordering::Release);
         self.retired_any.fetch_add(1, Ordering::Release);
         true
@@ -108,6 +117,7 @@ impl Segments {
             return None;
         }
         e[0].compare_exchange(state, state & !STATE | CLEANING, Ordering::SeqCst, Ordering::Relaxed).ok()?;
+        crash_point!("clean: claimed");
         let used = (e[1].load(Ordering::Acquire) >> USED_SHIFT) as usize;
         Some(Open { segment: s, frame: FrameNo((state >> 32) as u32), used })
     }
@@ -117,7 +127,9 @@ impl Segments {
     pub fn end_cleaning(&self, arena: &Arena, s: SegmentId) {
         let e = arena.segment_entry(s);
         let state = e[0].load(Ordering::Relaxed);
+        crash_point!("clean: moved, still claimed");
         e[0].store(state & !STATE | SEALED, Ordering::SeqCst);
+        crash_point!("clean: sealed again");
         self.retire_if_dead(arena, s);
     }
 
@@ -142,7 +154,9 @@ impl Segments {
         let e = arena.segment_entry(s);
         let state = e[0].load(Ordering::Relaxed);
         debug_assert_eq!(state & STATE, RETIRED);
+        crash_point!("release: still retired");
         e[0].store(FREE, Ordering::Relaxed);
+        crash_point!("release: free, on no stack");
         arena.put_segment(s, FrameNo((state >> 32) as u32));
     }
 

@@ -13,11 +13,14 @@
 //! frozen only where all of it is empty or is just being discarded.
 //!
 //! A node that was taken out is zeroed and reused after a grace period; until then it hangs in the
-//! retired list through the payload of its first frozen word.
+//! retired list through the payload of its first frozen word. Should the process end before, it is
+//! unreachable and so found free by `map/rebuild.rs`.
 
+mod rebuild;
 mod slot;
 
-pub(crate) use slot::{Kind, Slot, Stored};
+pub(crate) use rebuild::{walk, Reached};
+pub(crate) use slot::{Kind, Slot, Stored, LOST};
 
 use crate::arena::{Arena, ROOT_ENTRIES};
 use crate::page::{MetaNo, PageNo, VolumeId, CLUSTER_PAGES};
@@ -76,8 +79,10 @@ impl Map {
             return Ok(Some(MetaNo(now)));
         }
         let new = arena.take_meta().ok_or(OutOfMeta)?;
+        crash_point!("map: page taken, not linked");
         match link.compare_exchange(0, new.0, Ordering::AcqRel, Ordering::Acquire) {
             Ok(_) => {
+                crash_point!("map: page linked");
                 self.nodes.fetch_add(1, Ordering::Relaxed);
                 Ok(Some(new))
             }
@@ -116,11 +121,13 @@ impl Map {
                 // Another thread owns the freezing; it may yet set the leaf free again.
                 std::thread::yield_now();
             } else if swap_if(&leaf[0], word, Slot::frozen(0)) {
+                crash_point!("discard cluster: slot 0 frozen");
                 died(word);
                 break leaf;
             }
         };
         for slot in &leaf[1..] {
+            crash_point!("discard cluster: partly frozen");
             died(Slot(slot.swap(Slot::frozen(0).0, Ordering::AcqRel)));
         }
         self.unlink(arena, v, cluster);
@@ -133,6 +140,7 @@ impl Map {
             return;
         }
         for (i, slot) in leaf.iter().enumerate() {
+            crash_point!("drop leaf: partly frozen");
             if !swap_if(slot, Slot::EMPTY, Slot::frozen(0)) {
                 // Slot 0 is set free last, so that the freezing stays ours until we are done.
                 leaf[..i].iter().rev().for_each(|s| s.store(Slot::EMPTY.0, Ordering::Release));
@@ -147,18 +155,23 @@ impl Map {
         let root = &arena.root(v)[cluster / NODE_ENTRIES];
         let Some(node) = child(root) else { unreachable!("a node with a leaf in it stays linked") };
         let links = arena.node(node);
+        crash_point!("unlink: leaf frozen, linked");
         let leaf = MetaNo(links[cluster % NODE_ENTRIES].swap(0, Ordering::AcqRel));
+        crash_point!("unlink: leaf unlinked, not retired");
         self.retire(leaf, |next| arena.leaf(leaf)[0].store(Slot::frozen(next).0, Ordering::Release));
         if links.iter().any(|l| l.load(Ordering::Relaxed) != 0) {
             return;
         }
         for (i, link) in links.iter().enumerate() {
+            crash_point!("unlink: node partly frozen");
             if link.compare_exchange(0, FROZEN, Ordering::AcqRel, Ordering::Relaxed).is_err() {
                 links[..i].iter().rev().for_each(|l| l.store(0, Ordering::Release));
                 return;
             }
         }
+        crash_point!("unlink: node frozen, linked");
         root.store(0, Ordering::Release);
+        crash_point!("unlink: node unlinked, not retired");
         self.retire(node, |next| links[0].store(FROZEN | next, Ordering::Release));
     }
 
@@ -183,20 +196,37 @@ impl Map {
         self.retired.swap(0, Ordering::AcqRel)
     }
 
+    /// How many nodes wait. Only while nobody retires or releases any.
+    pub fn waiting(&self, arena: &Arena) -> u32 {
+        let mut count = 0;
+        let mut head = self.retired.load(Ordering::Acquire);
+        while head != 0 {
+            count += 1;
+            head = next_retired(arena, MetaNo(head));
+        }
+        count
+    }
+
     /// Zeroes and frees a list of retired nodes, after their grace period.
     pub fn release(&self, arena: &Arena, mut head: u32) {
         while head != 0 {
             let m = MetaNo(head);
-            // A leaf and a node are told apart by their first word: bit 31 of a frozen slot is 0.
-            let first = arena.node(m)[0].load(Ordering::Acquire);
-            head = if first & FROZEN != 0 {
-                first & !FROZEN
-            } else {
-                Slot(arena.leaf(m)[0].load(Ordering::Acquire)).frozen_next()
-            };
+            head = next_retired(arena, m);
+            crash_point!("release: retired node not zeroed");
             arena.leaf(m).iter().for_each(|w| w.store(0, Ordering::Relaxed));
+            crash_point!("release: retired node zeroed, not free");
             arena.put_meta(m);
         }
+    }
+}
+
+fn next_retired(arena: &Arena, m: MetaNo) -> u32 {
+    // A leaf and a node are told apart by their first word: bit 31 of a frozen slot is 0.
+    let first = arena.node(m)[0].load(Ordering::Acquire);
+    if first & FROZEN != 0 {
+        first & !FROZEN
+    } else {
+        Slot(arena.leaf(m)[0].load(Ordering::Acquire)).frozen_next()
     }
 }
 

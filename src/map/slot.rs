@@ -105,7 +105,6 @@ impl Slot {
 }
 
 /// The word of a page that was acknowledged and cannot be had any more.
-#[allow(dead_code, reason = "written by lower tiers; read, and pinned in docs/FORMAT.md, from the start")]
 pub(crate) const LOST: Slot = Slot(SPECIAL_LOST);
 
 #[cfg(test)]

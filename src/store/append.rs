@@ -57,8 +57,8 @@ pub(super) struct Appender {
 
 impl Appender {
     pub fn new(shared: &Shared, keep: u32) -> Appender {
-        let scratch = vec![0xa5; shared.config.group_pages.max(1) * PAGE_BYTES].into_boxed_slice();
-        Appender { codec: Codec::new(shared.config.codec), open: [None; 2], scratch, keep }
+        let scratch = vec![0xa5; shared.config.group_pages_seen.max(1) * PAGE_BYTES].into_boxed_slice();
+        Appender { codec: Codec::new(shared.config.codec, shared.config.codecs_seen), open: [None; 2], scratch, keep }
     }
 
     /// Appends 1 to 16 contiguous pages as one record, compressed if that pays.
@@ -108,7 +108,9 @@ impl Appender {
 
     /// Ends a record whose payload stands in the tail: from here on its bytes count.
     fn commit_tail(&mut self, s: &Shared, stream: Stream, open: Open, header: Header) -> Appended {
+        crash_point!("append: payload without header");
         header.write(s.arena.open_tail(open.frame, open.used, header.bytes()));
+        crash_point!("append: record complete, not counted");
         s.segments.add_live(&s.arena, open.segment, header.total() as u32);
         self.open[stream as usize] = Some(Open { used: open.used + header.total(), ..open });
         Appended { open, header }

@@ -16,7 +16,7 @@ use crate::log::segment::Open;
 use crate::map::{self, swap_if, Slot, Stored};
 use crate::page::{PageNo, SegmentId, PAGE_BYTES};
 use std::sync::atomic::Ordering;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 /// Victims taken from one look over the table.
@@ -32,23 +32,35 @@ pub(super) struct Cleaner {
 
 impl Cleaner {
     pub fn new(shared: Arc<Shared>) -> Cleaner {
-        let plain = vec![0xa5; shared.config.group_pages * PAGE_BYTES].into_boxed_slice();
+        let plain = vec![0xa5; shared.config.group_pages_seen * PAGE_BYTES].into_boxed_slice();
         Cleaner { appender: Appender::new(&shared, 0), victims: Vec::with_capacity(BATCH + 1), plain, shared }
     }
 
     pub fn run(&mut self) {
         while !self.shared.stop.load(Ordering::Acquire) {
-            self.release();
-            let how = self.choose();
-            let before = self.shared.cleaned.load(Ordering::Relaxed);
-            if how != Cleaning::Rest {
-                self.clean();
-            }
-            self.release();
-            if how == Cleaning::Rest || self.shared.cleaned.load(Ordering::Relaxed) == before {
+            if !self.step() {
                 std::thread::park_timeout(NAP);
             }
         }
+        self.close();
+    }
+
+    /// One look over the table and what comes of it. False: there was nothing to do.
+    pub fn step(&mut self) -> bool {
+        let shared = self.shared.clone();
+        let _busy = shared.quiet[1].lock().unwrap_or_else(PoisonError::into_inner);
+        self.release();
+        let how = self.choose();
+        let before = shared.cleaned.load(Ordering::Relaxed);
+        if how != Cleaning::Rest {
+            self.clean();
+        }
+        self.release();
+        how != Cleaning::Rest && shared.cleaned.load(Ordering::Relaxed) != before
+    }
+
+    /// Seals what survivors went to: nothing more comes.
+    pub fn close(&mut self) {
         let shared = self.shared.clone();
         self.appender.close(&shared);
     }
@@ -206,8 +218,10 @@ impl Cleaner {
         let lane = s.config.max_lanes;
         s.epochs.enter(lane);
         let leaf = s.map.leaf(&s.arena, header.volume, page.cluster());
+        crash_point!("clean: copied, slot names the original");
         let moved = leaf.is_some_and(|leaf| swap_if(&leaf[page.slot()], old, new));
         s.epochs.leave(lane);
+        crash_point!("clean: slot names the copy");
         // Exactly one of the two words is out of use now.
         let map::Kind::Stored(dead) = (if moved { old } else { new }).kind() else { return };
         s.segments.take_live(&s.arena, dead.segment, dead.share);

@@ -3,12 +3,12 @@
 //! metadata pages ready, so that lanes find what they need without asking.
 
 use super::Shared;
-use crate::arena::host_memory;
+use crate::arena::{host_memory, Resident};
 use crate::error::Result;
 use crate::log::policy::{reserve_frames, surplus_frames, Demand};
 use crate::page::{FrameNo, MetaNo, PAGE_BYTES};
 use std::sync::atomic::Ordering;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Metadata pages to hold ready: leaves for 128 MiB of fresh address space.
@@ -31,47 +31,9 @@ pub(super) fn growable_frames(s: &Shared) -> u32 {
     (left / s.arena.segment_bytes() as u64) as u32
 }
 
-/// Which of a numbered run of things is resident: a bit each.
-struct Resident {
-    words: Vec<u64>,
-    len: u32,
-    hint: usize,
-}
-
-impl Resident {
-    fn new(len: u32) -> Resident {
-        Resident { words: vec![0; (len as usize).div_ceil(64)], len, hint: 0 }
-    }
-
-    /// The lowest one that is not resident.
-    fn lowest_absent(&mut self) -> Option<u32> {
-        while self.hint < self.words.len() {
-            let absent = !self.words[self.hint];
-            if absent != 0 {
-                let n = self.hint as u32 * 64 + absent.trailing_zeros();
-                return (n < self.len).then_some(n);
-            }
-            self.hint += 1;
-        }
-        None
-    }
-
-    fn has(&self, n: u32) -> bool {
-        n < self.len && self.words[n as usize / 64] >> (n % 64) & 1 == 1
-    }
-
-    fn set(&mut self, n: u32) {
-        self.words[n as usize / 64] |= 1 << (n % 64);
-    }
-
-    fn clear(&mut self, n: u32) {
-        self.words[n as usize / 64] &= !(1 << (n % 64));
-        self.hint = self.hint.min(n as usize / 64);
-    }
-}
-
 pub(super) struct Growth {
     shared: Arc<Shared>,
+    /// Which frames and metadata pages are resident.
     frames: Resident,
     /// Numbered from 0 here, from 1 in the arena.
     meta: Resident,
@@ -79,17 +41,21 @@ pub(super) struct Growth {
     taken_then: u64,
     per_second: u64,
     surplus_since: Option<Instant>,
+    /// Up to where the memory of an arena that was found is locked; None: all of it is.
+    adopted_to: Option<usize>,
 }
 
 impl Growth {
-    pub fn new(shared: Arc<Shared>) -> Growth {
+    /// With what is resident already; `found`: by an earlier store, so it is not locked yet.
+    pub fn new(shared: Arc<Shared>, frames: Resident, meta: Resident, found: bool) -> Growth {
         Growth {
-            frames: Resident::new(shared.arena.max_frames()),
-            meta: Resident::new(shared.arena.max_meta()),
+            frames,
+            meta,
             rate_since: Instant::now(),
             taken_then: 0,
             per_second: 0,
             surplus_since: None,
+            adopted_to: found.then_some(0),
             shared,
         }
     }
@@ -100,13 +66,28 @@ impl Growth {
                 // The host refuses memory: writes park and cleaning goes on; try again.
                 tracing::warn!("the store cannot grow: {e}");
             }
-            std::thread::park_timeout(NAP);
+            if !self.adopt() {
+                std::thread::park_timeout(NAP);
+            }
         }
+    }
+
+    /// Locks some more of the memory of an arena that was found. False: all of it is.
+    fn adopt(&mut self) -> bool {
+        let Some(from) = self.adopted_to else { return false };
+        let shared = self.shared.clone();
+        let _busy = shared.quiet[0].lock().unwrap_or_else(PoisonError::into_inner);
+        self.adopted_to = shared.arena.adopt_slice(from).unwrap_or_else(|e| {
+            tracing::warn!("the arena is not locked from byte {from} on: {e}");
+            None
+        });
+        true
     }
 
     /// Brings the reserve to where the policy wants it.
     pub fn step(&mut self) -> Result<()> {
         let s = self.shared.clone();
+        let _busy = s.quiet[0].lock().unwrap_or_else(PoisonError::into_inner);
         let (ram_bytes, free_bytes) = host_memory()?;
         self.measure_rate(&s);
         let reserve = reserve_frames(&Demand {
@@ -168,6 +149,14 @@ impl Growth {
         true
     }
 
+    /// Gives back what is free beyond `keep` of each kind, at once.
+    #[cfg(feature = "crash-points")]
+    pub fn give_back_now(&mut self, keep: u32) {
+        let s = self.shared.clone();
+        let (frames, meta) = (s.arena.frames_ready(), s.arena.meta_ready());
+        self.shrink(&s, keep, frames.saturating_sub(keep), meta.saturating_sub(keep));
+    }
+
     fn give_back(&mut self, s: &Shared, reserve: u32) {
         let frames = surplus_frames(reserve, s.arena.frames_ready(), self.surplus_since.is_some());
         let meta = s.arena.meta_ready().saturating_sub(META_SURPLUS);
@@ -179,6 +168,10 @@ impl Growth {
         if since.elapsed() < PATIENCE {
             return;
         }
+        self.shrink(s, reserve, frames, meta);
+    }
+
+    fn shrink(&mut self, s: &Shared, reserve: u32, frames: u32, meta: u32) {
         // A part at a time: demand may come back while this goes on.
         for _ in 0..frames.div_ceil(4) {
             let Some(f) = s.arena.shrink_frame(reserve) else { break };

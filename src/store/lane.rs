@@ -35,7 +35,7 @@ impl Lane {
         let index = store.take_lane()?;
         let s = store.shared();
         let appender = Appender::new(s, KEEP_FOR_CLEANER);
-        let group = vec![0xa5; if s.config.group_pages > 1 { s.config.group_pages * PAGE_BYTES } else { 0 }];
+        let group = vec![0xa5; if s.config.group_pages_seen > 1 { s.config.group_pages_seen * PAGE_BYTES } else { 0 }];
         Ok(Lane { volume, bytes, index, appender, group: group.into(), group_of: None, store })
     }
 
@@ -305,7 +305,9 @@ impl Lane {
             let slot = &leaf[page.slot()];
             let mut old = Slot(slot.load(Ordering::Acquire));
             while !old.is_frozen() {
+                crash_point!("commit: record counted, slot old");
                 if swap_if(slot, old, new) {
+                    crash_point!("commit: slot new, old record counted");
                     let counters = &s.counters[self.index];
                     s.born(counters, new);
                     s.died(counters, old);
@@ -372,6 +374,7 @@ impl Lane {
                 }
             }
         };
+        crash_point!("splice: record counted, slot old");
         if !swap_if(slot, old, new) {
             self.forget(s, new);
             return Ok(None);
@@ -397,6 +400,7 @@ impl Lane {
             if old.is_frozen() {
                 std::thread::yield_now();
             } else if old == Slot::EMPTY || swap_if(slot, old, Slot::EMPTY) {
+                crash_point!("discard: slot empty, old record counted");
                 s.died(counters, old);
                 page += 1;
             }

@@ -4,17 +4,27 @@
 //! thread alone asks the host for memory and gives it back; the *cleaner* thread copies what is
 //! live out of segments that are mostly dead and returns memory after its grace period.
 //!
+//! What a store holds is in its arena, and everything else can be made anew from that
+//! (`recover.rs`); `audit.rs` says the same invariants once more, as a check.
+//!
 //! Lock order: none on the I/O path. `lanes` and `volumes` are mutexes taken only when a lane or a
-//! volume is opened or closed.
+//! volume is opened or closed. `audit` takes `lanes`, then `quiet` in order; each background thread
+//! takes its own of `quiet` for a step and nothing else within.
 
 mod append;
+mod audit;
 mod clean;
 mod grow;
 mod lane;
+mod recover;
+#[cfg(feature = "crash-points")]
+mod steps;
 
 pub use lane::Lane;
+#[cfg(feature = "crash-points")]
+pub use steps::Steps;
 
-use crate::arena::{host_memory, Arena};
+use crate::arena::{create_arena, host_memory, Arena};
 use crate::config::{Checked, StoreConfig};
 use crate::error::{system, Error, Result};
 use crate::log::epoch::Epochs;
@@ -23,9 +33,12 @@ use crate::map::{Kind, Map, Slot};
 use crate::page::{VolumeId, MAX_VOLUMES, PAGE_BYTES};
 use crate::stats::Stats;
 use crate::volume::Volume;
+use recover::Found;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::{JoinHandle, Thread};
+use std::time::Instant;
 
 /// What a lane counts, apart from other lanes' cache lines. Sums over all lanes are exact.
 #[derive(Default)]
@@ -34,6 +47,7 @@ pub(crate) struct Counters {
     pub stored_pages: AtomicI64,
     pub filled_pages: AtomicI64,
     pub zero_pages: AtomicI64,
+    pub lost_pages: AtomicI64,
     pub reads: AtomicU64,
     pub writes: AtomicU64,
     pub refused: AtomicU64,
@@ -46,7 +60,7 @@ pub(crate) struct Shared {
     pub map: Map,
     pub segments: Segments,
     pub epochs: Epochs,
-    /// One for each lane, and the last for the cleaner.
+    /// One for each lane, and the last for what was there when the store was opened.
     pub counters: Box<[Counters]>,
     pub stop: AtomicBool,
     /// Frames that growth holds ready when it can.
@@ -62,6 +76,8 @@ pub(crate) struct Shared {
     cleaner: OnceLock<Thread>,
     lanes: Mutex<Vec<bool>>,
     volumes: Mutex<Vec<u64>>,
+    /// Held by growth and by the cleaner while they do anything.
+    pub quiet: [Mutex<()>; 2],
 }
 
 impl Shared {
@@ -94,7 +110,8 @@ impl Shared {
             }
             Kind::Fill(0) => bump(&counters.zero_pages, -1),
             Kind::Fill(_) => bump(&counters.filled_pages, -1),
-            Kind::Empty | Kind::Frozen | Kind::Lost => {}
+            Kind::Lost => bump(&counters.lost_pages, -1),
+            Kind::Empty | Kind::Frozen => {}
         }
     }
 
@@ -138,33 +155,33 @@ pub struct Store {
 }
 
 impl Store {
-    /// Opens an empty store.
+    /// Opens an empty store on an arena of its own, which goes with the last handle to it.
     pub fn open(config: StoreConfig) -> Result<Store> {
-        let (ram_bytes, _) = host_memory()?;
-        let config = config.validate(ram_bytes)?;
-        let arena = Arena::new(&config)?;
-        let shared = Arc::new(Shared {
-            map: Map::new(),
-            segments: Segments::new(arena.max_frames()),
-            epochs: Epochs::new(config.max_lanes + 1),
-            counters: (0..=config.max_lanes).map(|_| Counters::default()).collect(),
-            stop: AtomicBool::new(false),
-            reserve: AtomicU32::new(4),
-            held_frames: AtomicU32::new(0),
-            held_meta: AtomicU32::new(0),
-            known: AtomicU32::new(0),
-            frames_taken: AtomicU64::new(0),
-            cleaned: AtomicU64::new(0),
-            growth: OnceLock::new(),
-            cleaner: OnceLock::new(),
-            lanes: Mutex::new(vec![false; config.max_lanes]),
-            volumes: Mutex::new(Vec::with_capacity(MAX_VOLUMES)),
-            arena,
-            config,
-        });
-        let mut growth = grow::Growth::new(shared.clone());
-        // The first reserve is there before the first request.
-        growth.step()?;
+        let arena = create_arena(config.hugetlb)?;
+        Store::open_arena(config, arena)
+    }
+
+    /// Opens a store on an arena that somebody holds: an empty one from [`create_arena`], or one
+    /// that an earlier store left, closed in order or killed at any instruction. All that was
+    /// acknowledged is there again; of what was in flight each page has its old content or the new.
+    ///
+    /// Whoever is to keep the pages beyond this process holds a duplicate of the descriptor, in
+    /// another process: this one must close no other descriptor of the arena while the store is
+    /// open (it would give up the lock that keeps a second process out; see `arena/file.rs`).
+    ///
+    /// The arena keeps the geometry it was made with. The configuration may differ in all but a
+    /// `segment_bytes` that is given; a limit above that of the arena's first store is cut to it.
+    /// An arena that cannot be opened is refused with [`Error::BadArena`] and keeps what it holds.
+    ///
+    /// No more memory is asked for here than the walk over an arena found needs. Growth, and the
+    /// locking of what the arena holds, go on behind it in the growth thread.
+    pub fn open_arena(config: StoreConfig, arena: OwnedFd) -> Result<Store> {
+        let (shared, mut growth, fresh) = build(config, arena)?;
+        if fresh {
+            // The first reserve is there before the first request. An arena that was found has what
+            // is left of its own, and its pages may be waited for: growth must not delay them.
+            growth.step()?;
+        }
         let mut threads = Vec::new();
         threads.push(start(&shared, "growth", move || growth.run())?);
         let mut cleaner = clean::Cleaner::new(shared.clone());
@@ -173,6 +190,11 @@ impl Store {
         let _ = shared.growth.set(threads[0].thread().clone());
         let _ = shared.cleaner.set(threads[1].thread().clone());
         Ok(Store { owner: Arc::new(Owner { shared, threads }) })
+    }
+
+    /// The arena's file: what a supervisor holds so that the pages outlive this process.
+    pub fn arena_fd(&self) -> BorrowedFd<'_> {
+        self.shared().arena.fd()
     }
 
     /// Makes a new, empty volume of `bytes`, which must be a multiple of 4096 up to 16 TiB.
@@ -187,9 +209,22 @@ impl Store {
             return Err(Error::TooMany { what: "volumes", max: MAX_VOLUMES });
         }
         let id = VolumeId(volumes.len() as u8);
-        self.shared().arena.populate_root(id)?;
+        self.shared().arena.create_volume(id, bytes)?;
         volumes.push(bytes);
         Ok(Volume::new(self.clone(), id, bytes))
+    }
+
+    /// All volumes, by number.
+    pub fn volumes(&self) -> Vec<Volume> {
+        let sizes = self.shared().volumes.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        sizes.iter().enumerate().map(|(i, bytes)| Volume::new(self.clone(), VolumeId(i as u8), *bytes)).collect()
+    }
+
+    /// The volume with this number, made now or by an earlier store on the same arena.
+    pub fn open_volume(&self, volume: u8) -> Result<Volume> {
+        let sizes = self.shared().volumes.lock().unwrap_or_else(PoisonError::into_inner);
+        let bytes = *sizes.get(volume as usize).ok_or(Error::NoVolume { volume })?;
+        Ok(Volume::new(self.clone(), VolumeId(volume), bytes))
     }
 
     /// What is stored, what it costs.
@@ -208,6 +243,7 @@ impl Store {
             stored_pages: sum(|c| &c.stored_pages),
             filled_pages: sum(|c| &c.filled_pages),
             zero_pages: sum(|c| &c.zero_pages),
+            lost_pages: sum(|c| &c.lost_pages),
             live_bytes,
             segments_used: u64::from(s.held_frames.load(Ordering::Relaxed).saturating_sub(s.arena.frames_ready())),
             segment_bytes: s.arena.segment_bytes() as u64,
@@ -238,6 +274,49 @@ impl Store {
     fn put_lane(&self, index: usize) {
         self.shared().lanes.lock().unwrap_or_else(PoisonError::into_inner)[index] = false;
     }
+}
+
+/// Everything but the threads. True: the arena was empty.
+fn build(config: StoreConfig, arena: OwnedFd) -> Result<(Arc<Shared>, grow::Growth, bool)> {
+    let begun = Instant::now();
+    let (ram_bytes, _) = host_memory()?;
+    let mut config = config.validate(ram_bytes)?;
+    let (arena, found) = Arena::open(&mut config, arena)?;
+    let (map, segments) = (Map::new(), Segments::new(arena.max_frames()));
+    let Found { frames, meta, known, pages, volumes } =
+        if found { recover::recover(&arena, &segments, &map)? } else { Found::nothing(&arena) };
+    let counters: Box<[Counters]> = (0..=config.max_lanes).map(|_| Counters::default()).collect();
+    let before = &counters[config.max_lanes];
+    bump(&before.stored_pages, pages.stored);
+    bump(&before.filled_pages, pages.filled);
+    bump(&before.zero_pages, pages.zero);
+    bump(&before.lost_pages, pages.lost);
+    if found {
+        let count = pages.stored + pages.filled + pages.zero;
+        tracing::info!("took up an arena: {} volumes, {count} pages, in {:?}", volumes.len(), begun.elapsed());
+    }
+    let shared = Arc::new(Shared {
+        map,
+        segments,
+        epochs: Epochs::new(config.max_lanes + 1),
+        counters,
+        stop: AtomicBool::new(false),
+        reserve: AtomicU32::new(4),
+        held_frames: AtomicU32::new(frames.count()),
+        held_meta: AtomicU32::new(meta.count()),
+        known: AtomicU32::new(known),
+        frames_taken: AtomicU64::new(0),
+        cleaned: AtomicU64::new(0),
+        growth: OnceLock::new(),
+        cleaner: OnceLock::new(),
+        lanes: Mutex::new(vec![false; config.max_lanes]),
+        volumes: Mutex::new(volumes),
+        quiet: [Mutex::new(()), Mutex::new(())],
+        arena,
+        config,
+    });
+    let growth = grow::Growth::new(shared.clone(), frames, meta, found);
+    Ok((shared, growth, !found))
 }
 
 fn start(shared: &Arc<Shared>, name: &'static str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {

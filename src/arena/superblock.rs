@@ -1,0 +1,198 @@
+//! The superblock: what an arena is, so that another process can open it, and the volumes' sizes.
+//!
+//! ```text
+//! byte 0   magic · 8 version · 16 segment bytes · 24 frames · 32 metadata pages
+//!      40  most pages that a record of this arena may hold · 48 codecs in use, a bit each
+//!      56  frames ever grown · 64 metadata pages ever grown: the watermarks of hugetlbfs
+//!      512 sizes of the 64 volumes in bytes, 0: no such volume
+//! ```
+//! The magic is stored last, so an arena without it is one that was never handed out: empty. A
+//! volume's size is stored last, so a volume without it does not exist.
+
+use super::file::{ArenaFile, START_BYTES};
+use super::mapping::Mapping;
+use super::{ROOT_BYTES, SEGMENT_ENTRY_BYTES};
+use crate::config::Checked;
+use crate::error::{Error, Result};
+use crate::page::{VolumeId, MAX_VOLUMES, MAX_VOLUME_BYTES, PAGE_BYTES};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// First 8 bytes of an arena.
+pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"GHOSTSWP");
+/// Layout version; an arena of another one is refused.
+pub(crate) const VERSION: u64 = 2;
+
+const SUPERBLOCK_BYTES: usize = 64 << 10;
+const GROUP_AT: usize = 40;
+const CODECS_AT: usize = 48;
+const GROWN_FRAMES_AT: usize = 56;
+const GROWN_META_AT: usize = 64;
+const FIELDS_END: usize = 72;
+const VOLUMES_AT: usize = 512;
+
+const MAX_FRAMES: u32 = (1 << 24) - 1;
+const MAX_META: u32 = (1 << 31) - 2;
+
+/// What decides where everything is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Geometry {
+    pub segment_bytes: usize,
+    pub max_frames: u32,
+    pub max_meta: u32,
+    pub unit: usize,
+}
+
+/// Byte offsets of the arena's parts.
+#[derive(Clone, Copy)]
+pub(super) struct Layout {
+    pub roots_at: usize,
+    pub table_at: usize,
+    pub meta_at: usize,
+    pub frames_at: usize,
+    pub end: usize,
+}
+
+impl Geometry {
+    /// What the configuration asks for.
+    pub fn wanted(c: &Checked, unit: usize) -> Geometry {
+        Geometry {
+            segment_bytes: c.segment_bytes as usize,
+            max_frames: (c.limit_bytes / u64::from(c.segment_bytes)).min(u64::from(MAX_FRAMES)) as u32,
+            max_meta: (c.limit_bytes / PAGE_BYTES as u64).min(u64::from(MAX_META)) as u32,
+            unit,
+        }
+    }
+
+    /// What an arena says of itself. None: it is empty.
+    pub fn found(file: &ArenaFile) -> Result<Option<Geometry>> {
+        let start = file.start()?;
+        let word = |i: usize| u64::from_le_bytes(start[i * 8..i * 8 + 8].try_into().expect("8 bytes"));
+        let bad = |why: String| Err(Error::BadArena(why));
+        match (word(0), word(1)) {
+            (MAGIC, VERSION) => {}
+            (MAGIC, other) => return bad(format!("its format is version {other}; this program reads {VERSION}")),
+            (0, 0 | VERSION) if start[FIELDS_END..].iter().all(|b| *b == 0) && nothing_after_start(file)? => {
+                return Ok(None)
+            }
+            _ => return bad("it is not an arena of ghostswap: its magic is missing".into()),
+        }
+        let sound = word(2).is_power_of_two()
+            && (64 << 10..=1 << 20).contains(&word(2))
+            && (1..=u64::from(MAX_FRAMES)).contains(&word(3))
+            && (1..=u64::from(MAX_META)).contains(&word(4));
+        let g = Geometry {
+            segment_bytes: word(2) as usize,
+            max_frames: word(3) as u32,
+            max_meta: word(4) as u32,
+            unit: file.unit(),
+        };
+        if !sound || g.layout().end as u64 != file.len()? {
+            return bad(format!(
+                "{} frames of {} bytes and {} metadata pages do not make up its {} bytes",
+                word(3),
+                word(2),
+                word(4),
+                file.len()?
+            ));
+        }
+        Ok(Some(g))
+    }
+
+    pub fn layout(&self) -> Layout {
+        let up = |n: usize| n.div_ceil(self.unit) * self.unit;
+        let roots_at = SUPERBLOCK_BYTES;
+        let table_at = up(roots_at + MAX_VOLUMES * ROOT_BYTES);
+        let meta_at = up(table_at + self.max_frames as usize * SEGMENT_ENTRY_BYTES);
+        // Metadata pages are numbered from 1, so that 0 can mean "none".
+        let frames_at = (meta_at + (self.max_meta as usize + 1) * PAGE_BYTES).div_ceil(2 << 20) * (2 << 20);
+        let end = up(frames_at + self.max_frames as usize * self.segment_bytes);
+        Layout { roots_at, table_at, meta_at, frames_at, end }
+    }
+}
+
+/// True if the file holds nothing but perhaps its first page. A hugetlb file cannot tell; there
+/// the first page, all zero, has to do.
+fn nothing_after_start(file: &ArenaFile) -> Result<bool> {
+    Ok(file.hugetlb() || file.next_data(START_BYTES, usize::MAX)?.is_none())
+}
+
+/// The superblock of a mapped arena.
+pub(super) struct Superblock<'a>(pub &'a Mapping);
+
+impl<'a> Superblock<'a> {
+    /// Makes an empty arena one. Killed before the magic, it stays empty.
+    pub fn initialise(&self, g: &Geometry) {
+        for (i, v) in
+            [VERSION, g.segment_bytes as u64, u64::from(g.max_frames), u64::from(g.max_meta)].into_iter().enumerate()
+        {
+            crash_point!("superblock: before a field");
+            self.0.u64_at(8 + i * 8).store(v, Ordering::Relaxed);
+        }
+        crash_point!("superblock: before the magic");
+        self.0.u64_at(0).store(MAGIC, Ordering::Release);
+        crash_point!("superblock: after the magic");
+    }
+
+    /// Adds what this store may write, before it writes any of it, and returns what the arena may
+    /// hold by now: most pages to a record, codecs.
+    pub fn allow(&self, group_pages: usize, codecs: u64) -> (usize, u64) {
+        let group = self.0.u64_at(GROUP_AT).fetch_max(group_pages as u64, Ordering::Release);
+        let before = self.0.u64_at(CODECS_AT).fetch_or(codecs, Ordering::Release);
+        (group_pages.max(group as usize), codecs | before)
+    }
+
+    pub fn grown_frames(&self) -> &'a AtomicU64 {
+        self.0.u64_at(GROWN_FRAMES_AT)
+    }
+
+    pub fn grown_meta(&self) -> &'a AtomicU64 {
+        self.0.u64_at(GROWN_META_AT)
+    }
+
+    pub fn volume_bytes(&self, v: VolumeId) -> &'a AtomicU64 {
+        self.0.u64_at(VOLUMES_AT + v.0 as usize * 8)
+    }
+
+    /// Sizes of the volumes there are.
+    pub fn volumes(&self) -> Result<Vec<u64>> {
+        let sizes = (0..MAX_VOLUMES).map(|v| self.volume_bytes(VolumeId(v as u8)).load(Ordering::Acquire));
+        let mut volumes: Vec<u64> = Vec::with_capacity(MAX_VOLUMES);
+        volumes.extend(sizes);
+        let count = volumes.iter().take_while(|b| **b != 0).count();
+        let sound = |b: &u64| *b % PAGE_BYTES as u64 == 0 && *b <= MAX_VOLUME_BYTES;
+        if !volumes[..count].iter().all(sound) || volumes[count..].iter().any(|b| *b != 0) {
+            return Err(Error::BadArena("its volumes' sizes make no sense".into()));
+        }
+        volumes.truncate(count);
+        Ok(volumes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_are_as_docs_format_says() {
+        let geometry = Geometry { segment_bytes: 64 << 10, max_frames: 64, max_meta: 1024, unit: 4096 };
+        let file = ArenaFile::claim(super::super::create_arena(false).unwrap()).unwrap();
+        assert_eq!(Geometry::found(&file).unwrap(), None);
+        file.resize(geometry.layout().end).unwrap();
+        assert_eq!(Geometry::found(&file).unwrap(), None, "sparse: still empty");
+        let map = Mapping::new(file, geometry.layout().end).unwrap();
+        let block = Superblock(&map);
+        block.initialise(&geometry);
+        assert_eq!(block.allow(4, 0b10), (4, 0b10));
+        assert_eq!(block.allow(1, 0b100), (4, 0b110));
+        block.volume_bytes(VolumeId(1)).store(8192, Ordering::Relaxed);
+        let start = map.file().start().unwrap();
+        assert_eq!(start[..8], *b"GHOSTSWP");
+        for (at, want) in [(8, VERSION), (16, 65536), (24, 64), (32, 1024), (40, 4), (48, 6), (56, 0), (520, 8192)] {
+            assert_eq!(start[at..at + 8], want.to_le_bytes(), "at {at}");
+        }
+        assert!(block.volumes().is_err(), "a volume after a gap");
+        block.volume_bytes(VolumeId(0)).store(4096, Ordering::Relaxed);
+        assert_eq!(block.volumes().unwrap(), [4096, 8192]);
+        assert_eq!(Geometry::found(map.file()).unwrap(), Some(geometry));
+    }
+}

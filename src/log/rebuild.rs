@@ -1,0 +1,120 @@
+//! The segment table when an arena is opened again: live bytes are counted anew from the slots, and
+//! every segment ends up sealed or free.
+//!
+//! Three steps, each of which may be cut short and done again from the first: `begin_recount` sets
+//! live bytes to zero, `recount` hears of every slot, `end_recount` gives each segment its state.
+//! The old states and the used bytes of sealed segments stay as they are until the last step
+//! replaces them one word at a time, so a second try starts from an equally good table.
+//!
+//! A segment found open has no used bytes on record: they end after the last record that a slot
+//! names. What an owner appended later, no slot names. Records stand one after another from the
+//! segment's first byte on and each was complete before the next began, so the sealed segment is
+//! records from end to end, as the cleaner needs it. Until `end_recount` the word that will say
+//! how many bytes are used holds the greatest offset that a slot named.
+
+use super::segment::{Segments, CLEANING, FREE, OPEN, RETIRED, SEALED, STATE, USED_SHIFT};
+use crate::arena::{Arena, Resident};
+use crate::error::{Error, Result};
+use crate::page::{FrameNo, SegmentId};
+use std::sync::atomic::Ordering;
+
+const LIVE: u64 = (1 << USED_SHIFT) - 1;
+
+/// What `end_recount` leaves.
+pub(crate) struct Table {
+    /// Ids of segments that hold anything, and their frames.
+    pub ids: Resident,
+    pub frames: Resident,
+    /// One more than the highest id in use.
+    pub end: u32,
+}
+
+impl Segments {
+    /// Checks the first `entries` of the table and sets all live bytes to zero.
+    pub fn begin_recount(&self, arena: &Arena, entries: u32) -> Result<()> {
+        let mut frames = Resident::new(arena.max_frames());
+        let mut last = 0;
+        for id in 0..entries {
+            let e = arena.segment_entry(SegmentId(id));
+            let (state, frame) = parts(e[0].load(Ordering::Acquire));
+            if state == FREE {
+                continue;
+            }
+            if state > RETIRED || frame.0 >= arena.max_frames() || frames.has(frame.0) {
+                let why = format!("segment {id} has state {state} and frame {}, which cannot be", frame.0);
+                return Err(Error::BadArena(why));
+            }
+            frames.set(frame.0);
+            last = last.max(e[2].load(Ordering::Relaxed));
+        }
+        // Only now that all of it was found sound is anything changed.
+        for id in 0..entries {
+            crash_point!("recovery: live bytes partly cleared");
+            let e = arena.segment_entry(SegmentId(id));
+            let keep = if e[0].load(Ordering::Relaxed) & STATE == OPEN { 0 } else { !LIVE };
+            e[1].store(e[1].load(Ordering::Relaxed) & keep, Ordering::Relaxed);
+        }
+        self.sequence.store(last + 1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Counts a page's share of a record. False: there cannot be such a record.
+    pub fn recount(&self, arena: &Arena, entries: u32, s: SegmentId, offset: u32, share: u32) -> bool {
+        if s.0 >= entries || (offset + share) as usize > arena.segment_bytes() {
+            return false;
+        }
+        let e = arena.segment_entry(s);
+        let word = e[1].load(Ordering::Relaxed);
+        let (used, live) = (word >> USED_SHIFT, (word & LIVE) + u64::from(share));
+        // Nobody else is at the table yet: plain loads and stores do.
+        let used = match e[0].load(Ordering::Relaxed) & STATE {
+            _ if live > arena.segment_bytes() as u64 => return false,
+            OPEN => used.max(u64::from(offset)),
+            SEALED | CLEANING if u64::from(offset) < used => used,
+            _ => return false,
+        };
+        e[1].store(used << USED_SHIFT | live, Ordering::Relaxed);
+        true
+    }
+
+    /// Seals what holds live bytes and sets the rest free.
+    pub fn end_recount(&self, arena: &Arena, entries: u32) -> Result<Table> {
+        let mut table =
+            Table { ids: Resident::new(arena.max_frames()), frames: Resident::new(arena.max_frames()), end: 0 };
+        for id in 0..entries {
+            let s = SegmentId(id);
+            let e = arena.segment_entry(s);
+            let (state, frame) = parts(e[0].load(Ordering::Relaxed));
+            let word = e[1].load(Ordering::Relaxed);
+            crash_point!("recovery: table partly rebuilt");
+            if word & LIVE == 0 {
+                e[0].store(FREE, Ordering::Release);
+                continue;
+            }
+            if state == OPEN {
+                let last = (word >> USED_SHIFT) as usize;
+                let Some((header, _)) = self.record(arena, frame, last) else {
+                    return Err(Error::BadArena(format!("segment {id} has no record at its last offset, {last}")));
+                };
+                e[2].store(self.sequence.fetch_add(1, Ordering::Relaxed), Ordering::Relaxed);
+                e[1].store(((last + header.total()) as u64) << USED_SHIFT | word & LIVE, Ordering::Relaxed);
+                crash_point!("recovery: used stored, state still open");
+            }
+            e[0].store(SEALED | u64::from(frame.0) << 32, Ordering::Release);
+            table.ids.set(id);
+            table.frames.set(frame.0);
+            table.end = id + 1;
+        }
+        Ok(table)
+    }
+
+    /// The frame of a segment that is not free.
+    pub fn frame_in_use(&self, arena: &Arena, s: SegmentId) -> Option<FrameNo> {
+        let (state, frame) = parts(arena.segment_entry(s)[0].load(Ordering::Acquire));
+        (state != FREE).then_some(frame)
+    }
+}
+
+fn parts(word: u64) -> (u64, FrameNo) {
+    (word & STATE, FrameNo((word >> 32) as u32))
+}

@@ -1,0 +1,126 @@
+//! Recovery: taking up an arena that another store left, be it closed or killed at any instruction.
+//!
+//! The arena's truth is small: the volumes' sizes, the links and slots reached from their roots,
+//! and of each segment that a slot names its frame and, if it was sealed, its used bytes. All
+//! else (free lists, live bytes, counters, what is open, being cleaned, retired or half taken out)
+//! follows from a walk, and is not read but made anew here:
+//!
+//! 1. what is resident is asked of the kernel, and mapped as far as the walk needs it
+//!    (`arena/scan.rs`; growth locks the rest while the store serves already);
+//! 2. live bytes are set to zero (`log/rebuild.rs`);
+//! 3. the maps are walked, thawed and pruned, pages and live bytes counted (`map/rebuild.rs`);
+//! 4. segments with live bytes are sealed, all others set free;
+//! 5. resident memory that nobody reached is free: zeroed if it is metadata, given back if torn.
+//!
+//! Killed at any point, the walk is done again from the start: no step takes away what a later one
+//! of a second try needs (the argument stands in docs/ARCHITECTURE.md). An arena that cannot be is
+//! refused before 2 or within 3, where nothing but the in-between is changed.
+
+use crate::arena::{Arena, Residency, Resident};
+use crate::error::{Error, Result};
+use crate::log::segment::Segments;
+use crate::map::{walk, Kind, Map, Reached, Slot, LOST};
+use crate::page::{FrameNo, MetaNo, SegmentId, VolumeId};
+use std::sync::atomic::Ordering;
+
+/// Pages by kind, as counted.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub(super) struct Pages {
+    pub stored: i64,
+    pub filled: i64,
+    pub zero: i64,
+    pub lost: i64,
+}
+
+impl Pages {
+    pub fn count(&mut self, word: Slot) {
+        match word.kind() {
+            Kind::Stored(_) => self.stored += 1,
+            Kind::Fill(0) => self.zero += 1,
+            Kind::Fill(_) => self.filled += 1,
+            Kind::Lost => self.lost += 1,
+            Kind::Empty | Kind::Frozen => {}
+        }
+    }
+}
+
+/// What a store goes on with.
+pub(super) struct Found {
+    /// Resident frames, and metadata pages numbered from 0.
+    pub frames: Resident,
+    pub meta: Resident,
+    /// Segments whose table entries are in use.
+    pub known: u32,
+    pub pages: Pages,
+    pub volumes: Vec<u64>,
+}
+
+impl Found {
+    /// What there is in an arena just made: nothing.
+    pub fn nothing(arena: &Arena) -> Found {
+        Found {
+            frames: Resident::new(arena.max_frames()),
+            meta: Resident::new(arena.max_meta()),
+            known: 0,
+            pages: Pages::default(),
+            volumes: Vec::with_capacity(crate::page::MAX_VOLUMES),
+        }
+    }
+}
+
+/// Walks an arena and rebuilds everything that is not in it.
+pub(super) fn recover(arena: &Arena, segments: &Segments, map: &Map) -> Result<Found> {
+    let volumes = arena.volumes()?;
+    let mut there = arena.residency()?;
+    let entries = there.entries;
+    crash_point!("recovery: resident");
+    mend(arena, segments, &mut there)?;
+    segments.begin_recount(arena, entries)?;
+    let mut pages = Pages::default();
+    let mut reached = Reached::new(arena, true);
+    for v in 0..volumes.len() {
+        walk(arena, VolumeId(v as u8), &there.meta, &mut reached, |word| {
+            let known = match word.kind() {
+                Kind::Stored(at) => segments.recount(arena, entries, at.segment, at.offset, at.share),
+                _ => true,
+            };
+            let word = if known { word } else { LOST };
+            pages.count(word);
+            word
+        })?;
+    }
+    map.nodes.store(u64::from(reached.pages.count()), Ordering::Relaxed);
+    if pages.lost > 0 {
+        tracing::error!("{} pages are lost: their slots named segments that cannot be", pages.lost);
+    }
+    let table = segments.end_recount(arena, entries)?;
+    let known = table.end.max(there.frames.descending().next().map_or(0, |f| f + 1));
+    arena.populate_entries(known)?;
+    crash_point!("recovery: table rebuilt");
+    // The lowest come out first.
+    (0..known).rev().filter(|id| !table.ids.has(*id)).for_each(|id| arena.adopt_id(id));
+    there.frames.descending().filter(|f| !table.frames.has(*f)).for_each(|f| arena.adopt_frame(FrameNo(f)));
+    for f in there.torn.descending() {
+        crash_point!("recovery: torn frame there");
+        arena.drop_torn_frame(FrameNo(f));
+    }
+    there.meta.descending().filter(|m| !reached.pages.has(*m)).for_each(|m| arena.adopt_meta(MetaNo(m + 1)));
+    Ok(Found { frames: there.frames, meta: there.meta, known, pages, volumes })
+}
+
+/// A frame in use is resident as a whole. Should a part be gone (somebody else punched the file),
+/// what was in it does not decode, and that is found when it is read; all else is served.
+fn mend(arena: &Arena, segments: &Segments, there: &mut Residency) -> Result<()> {
+    for id in 0..there.entries {
+        let Some(f) = segments.frame_in_use(arena, SegmentId(id)) else { continue };
+        if f.0 >= arena.max_frames() {
+            return Err(Error::BadArena(format!("segment {id} has frame {}, which cannot be", f.0)));
+        }
+        if !there.frames.has(f.0) {
+            arena.mend_frame(f)?;
+            there.frames.set(f.0);
+            there.torn.clear(f.0);
+        }
+    }
+    Ok(())
+}
