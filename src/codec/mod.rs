@@ -1,10 +1,11 @@
 //! What a page looks like when stored: same-filled, compressed, or raw. Knows nothing of segments.
 
 mod lz4;
+mod zstd;
 
 use crate::config::CodecChoice;
 use crate::page::PAGE_BYTES;
-use zstd_safe::{CCtx, CParameter, DCtx};
+use zstd_safe::DCtx;
 
 /// Payload is the bytes themselves.
 pub const RAW: u8 = 0;
@@ -17,6 +18,9 @@ pub const FILL: u8 = 3;
 
 /// Bytes by which compressing a page must shorten it to be worth the decompression.
 const LEAST_GAIN: usize = 256;
+
+/// Most pages compressed together.
+const MOST_PAGES: usize = 16;
 
 /// Longest payload that counts as compressed.
 pub(crate) fn most_payload(plain: usize) -> usize {
@@ -41,12 +45,7 @@ pub(crate) fn fill(pattern: u64, page: &mut [u8]) {
 
 enum Compressor {
     Lz4(lz4::Lz4),
-    /// One context for single pages and one for groups: a context that meets both sizes would
-    /// resize its memory now and then.
-    Zstd {
-        page: CCtx<'static>,
-        group: CCtx<'static>,
-    },
+    Zstd(zstd::Zstd),
 }
 
 /// Compression and decompression with all the memory they need, owned by one thread.
@@ -59,21 +58,9 @@ pub(crate) struct Codec {
 impl Codec {
     /// `seen` has a bit for each codec whose payloads may come to be decompressed.
     pub fn new(choice: CodecChoice, seen: u64) -> Codec {
-        let zstd = |level| {
-            let mut c = CCtx::create();
-            for p in [
-                CParameter::CompressionLevel(level),
-                CParameter::ContentSizeFlag(false),
-                CParameter::ChecksumFlag(false),
-                CParameter::DictIdFlag(false),
-            ] {
-                c.set_parameter(p).expect("zstd accepts a level that the configuration accepts");
-            }
-            c
-        };
         let compressor = match choice {
             CodecChoice::Lz4 => Compressor::Lz4(lz4::Lz4::new()),
-            CodecChoice::Zstd(level) => Compressor::Zstd { page: zstd(level), group: zstd(level) },
+            CodecChoice::Zstd(level) => Compressor::Zstd(zstd::Zstd::new(level)),
         };
         let dctx = ((seen | choice.bit()) >> ZSTD & 1 == 1).then(DCtx::create);
         let mut codec = Codec { compressor, dctx };
@@ -81,12 +68,12 @@ impl Codec {
         codec
     }
 
-    /// Makes zstd allocate its memory now, so that no request does.
+    /// Goes through everything once, so that no request is the first to touch any of its memory.
     fn warm_up(&mut self) {
-        let src: Vec<u8> = (0..16 * PAGE_BYTES).map(|i| (i * i / 64) as u8).collect();
+        let src: Vec<u8> = (0..MOST_PAGES * PAGE_BYTES).map(|i| (i * i / 64) as u8).collect();
         let mut packed = vec![0; src.len()];
         let mut plain = vec![0; src.len()];
-        for len in [PAGE_BYTES, 16 * PAGE_BYTES] {
+        for len in [PAGE_BYTES, MOST_PAGES * PAGE_BYTES] {
             if let Some((codec, n)) = self.compress(&src[..len], &mut packed) {
                 assert!(self.decompress(codec, &packed[..n], &mut plain[..len]), "what was compressed decompresses");
             }
@@ -97,10 +84,7 @@ impl Codec {
     pub fn compress(&mut self, src: &[u8], dst: &mut [u8]) -> Option<(u8, usize)> {
         match &mut self.compressor {
             Compressor::Lz4(c) => c.compress(src, dst).map(|n| (LZ4, n)),
-            Compressor::Zstd { page, group } => {
-                let c = if src.len() == PAGE_BYTES { page } else { group };
-                c.compress2(dst, src).ok().map(|n| (ZSTD, n))
-            }
+            Compressor::Zstd(c) => c.compress(src, dst).map(|n| (ZSTD, n)),
         }
     }
 

@@ -1,0 +1,77 @@
+//! zstd by the C library, with a context in memory of our own. zstd resizes a context that it made
+//! itself: upwards when a longer input needs more, and downwards after 128 inputs in a row that
+//! needed less than a third (`ZSTD_cwksp_check_wasteful`). One that it was given the memory for
+//! stays as it is (`ZSTD_initStaticCCtx` in zstd.h), so nothing is allocated or freed per page.
+#![allow(unsafe_code, reason = "the C library's interface")]
+
+use super::MOST_PAGES;
+use crate::page::PAGE_BYTES;
+use zstd_safe::zstd_sys::{
+    ZSTD_CCtx, ZSTD_CCtx_setParameter, ZSTD_cParameter, ZSTD_compress2, ZSTD_estimateCCtxSize_usingCParams,
+    ZSTD_getCParams, ZSTD_initStaticCCtx, ZSTD_isError,
+};
+
+/// The compressor's working memory, with the context at its start.
+pub(crate) struct Zstd {
+    memory: Box<[u64]>,
+}
+
+impl Zstd {
+    pub fn new(level: i32) -> Zstd {
+        // Parameters, and so the memory, do not simply grow with the input.
+        // SAFETY: pure functions of the library.
+        let need = |pages: usize| unsafe {
+            ZSTD_estimateCCtxSize_usingCParams(ZSTD_getCParams(level, (pages * PAGE_BYTES) as u64, 0))
+        };
+        let size = (1..=MOST_PAGES).map(need).max().unwrap_or(0);
+        // Written with a value other than zero, so that every page of it is touched now.
+        let mut memory = vec![0xa5a5_a5a5_a5a5_a5a5u64; size.div_ceil(8)].into_boxed_slice();
+        // SAFETY: the memory is as long as said, aligned to 8, and lives as long as the context:
+        // nobody has the context's address but through `memory`, and its heap memory never moves.
+        let context = unsafe { ZSTD_initStaticCCtx(memory.as_mut_ptr().cast(), memory.len() * 8) };
+        assert!(!context.is_null(), "a zstd context of the size the library asks for is accepted");
+        let mut zstd = Zstd { memory };
+        for (parameter, value) in [
+            (ZSTD_cParameter::ZSTD_c_compressionLevel, level),
+            (ZSTD_cParameter::ZSTD_c_contentSizeFlag, 0),
+            (ZSTD_cParameter::ZSTD_c_checksumFlag, 0),
+            (ZSTD_cParameter::ZSTD_c_dictIDFlag, 0),
+        ] {
+            // SAFETY: the context stands at the start of the memory, and nobody else uses it.
+            let set = unsafe { ZSTD_CCtx_setParameter(zstd.context(), parameter, value) };
+            assert!(!failed(set), "zstd accepts a level that the configuration accepts");
+        }
+        zstd.prove_room();
+        zstd
+    }
+
+    /// Any run of pages fits: a context without room for one would leave it uncompressed, silently.
+    fn prove_room(&mut self) {
+        let zeros = vec![0; MOST_PAGES * PAGE_BYTES];
+        let mut packed = [0; 256];
+        for pages in 1..=MOST_PAGES {
+            let done = self.compress(&zeros[..pages * PAGE_BYTES], &mut packed);
+            assert!(done.is_some(), "a zstd context has room for {pages} pages");
+        }
+    }
+
+    /// Its address is that of the memory, says zstd.h.
+    fn context(&mut self) -> *mut ZSTD_CCtx {
+        self.memory.as_mut_ptr().cast()
+    }
+
+    /// Compressed length, or None if it does not fit `dst`.
+    pub fn compress(&mut self, src: &[u8], dst: &mut [u8]) -> Option<usize> {
+        // SAFETY: the context was made in `new` and is used by this one thread; lengths are those of
+        // the slices.
+        let n = unsafe {
+            ZSTD_compress2(self.context(), dst.as_mut_ptr().cast(), dst.len(), src.as_ptr().cast(), src.len())
+        };
+        (!failed(n)).then_some(n)
+    }
+}
+
+fn failed(answer: usize) -> bool {
+    // SAFETY: a pure function of the library.
+    unsafe { ZSTD_isError(answer) != 0 }
+}
