@@ -11,6 +11,8 @@
 //! (`store/clean.rs`). What a store wrote outlives it: [`Store::open_arena`] takes up the arena
 //! that a killed process left (`store/recover.rs`). docs/ARCHITECTURE.md tells the rest.
 
+#![cfg_attr(loom, allow(dead_code, reason = "models simulate the mapping and need no file"))]
+
 #[macro_use]
 mod crash;
 
@@ -23,6 +25,7 @@ mod map;
 mod page;
 mod stats;
 mod store;
+mod sync;
 mod volume;
 
 pub use arena::create_arena;

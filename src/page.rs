@@ -5,8 +5,8 @@
 pub const PAGE_BYTES: usize = 4096;
 /// Bytes of a sector, the granularity of requests.
 pub const SECTOR_BYTES: u64 = 512;
-/// Pages of a cluster: 2 MiB of address space behind one leaf of the map.
-pub const CLUSTER_PAGES: usize = 512;
+/// Pages of a cluster: 2 MiB of address space behind one leaf of the map. (Three pages in models.)
+pub const CLUSTER_PAGES: usize = if cfg!(loom) { 3 } else { 512 };
 /// Largest volume: page numbers are 32 bits wide, in the map and in the records.
 pub const MAX_VOLUME_BYTES: u64 = 1 << 44;
 /// Volumes to a store.

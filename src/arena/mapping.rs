@@ -1,6 +1,6 @@
 //! The mapping itself: a sparse shared file that outlives any pointer into it. Everything in the
-//! arena is named by byte offset. With `arena/file.rs` and `codec/lz4.rs` the library's only file
-//! that holds unsafe code.
+//! arena is named by byte offset. With `arena/file.rs` and the codecs' `lz4.rs` and `zstd.rs` the
+//! library's only file that holds unsafe code.
 //!
 //! The whole range is mapped once and locked on fault (`mlock2(MLOCK_ONFAULT)`), so a page that
 //! was populated stays resident, and one that was not costs nothing. What an earlier process left
@@ -16,8 +16,8 @@
 
 use super::file::ArenaFile;
 use crate::error::{system, Result};
+use crate::sync::{AtomicU32, AtomicU64};
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicU32, AtomicU64};
 
 /// A sparse shared mapping.
 pub(crate) struct Mapping {
@@ -109,6 +109,11 @@ impl Mapping {
     /// memory needs no second fault for the first write.
     pub fn adopt(&self, offset: usize, len: usize) -> Result<()> {
         self.advise(offset, len, libc::MADV_POPULATE_READ)
+    }
+
+    /// Gives the range back to the host; it reads as zeros afterwards. False: it stays.
+    pub fn give_back(&self, offset: usize, len: usize) -> bool {
+        self.file.give_back(offset, len)
     }
 
     fn advise(&self, offset: usize, len: usize, how: libc::c_int) -> Result<()> {

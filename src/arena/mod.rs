@@ -15,6 +15,7 @@
 //! Lock order: none here. Both stacks are lock-free with a tag against ABA.
 
 mod file;
+#[cfg_attr(loom, path = "simulated.rs")]
 mod mapping;
 mod resident;
 mod scan;
@@ -28,16 +29,18 @@ pub(crate) use scan::Residency;
 
 use crate::config::Checked;
 use crate::error::{Error, Result};
-use crate::page::{FrameNo, MetaNo, SegmentId, VolumeId, PAGE_BYTES};
+use crate::page::{FrameNo, MetaNo, SegmentId, VolumeId, CLUSTER_PAGES, PAGE_BYTES};
+use crate::sync::{AtomicU32, AtomicU64, Ordering};
 use file::ArenaFile;
 use mapping::Mapping;
 use stack::IndexStack;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use superblock::{Geometry, Layout, Superblock};
 
 /// Entries of a volume's top node.
-pub(crate) const ROOT_ENTRIES: usize = 8192;
+pub(crate) const ROOT_ENTRIES: usize = if cfg!(loom) { 1 } else { 8192 };
+/// Entries of an inner node.
+pub(crate) const NODE_ENTRIES: usize = if cfg!(loom) { 2 } else { 1024 };
 /// Bytes of a segment table entry.
 pub(crate) const SEGMENT_ENTRY_BYTES: usize = 32;
 
@@ -136,11 +139,18 @@ impl Arena {
 
     /// A metadata page as a leaf of slots.
     pub fn leaf(&self, m: MetaNo) -> &[AtomicU64] {
-        self.map.words_at(self.at.meta_at + m.0 as usize * PAGE_BYTES, PAGE_BYTES / 8)
+        self.map.words_at(self.at.meta_at + m.0 as usize * PAGE_BYTES, CLUSTER_PAGES)
     }
     /// A metadata page as an inner node of links.
     pub fn node(&self, m: MetaNo) -> &[AtomicU32] {
-        self.map.halves_at(self.at.meta_at + m.0 as usize * PAGE_BYTES, PAGE_BYTES / 4)
+        self.map.halves_at(self.at.meta_at + m.0 as usize * PAGE_BYTES, NODE_ENTRIES)
+    }
+    /// Zeroes a metadata page that nobody else can reach, be it leaf or node.
+    pub fn zero_meta(&self, m: MetaNo) {
+        self.leaf(m).iter().for_each(|w| w.store(0, Ordering::Relaxed));
+        // There a leaf and a node share no memory.
+        #[cfg(loom)]
+        self.node(m).iter().for_each(|w| w.store(0, Ordering::Relaxed));
     }
     pub fn meta_ready(&self) -> u32 {
         self.meta_ready.load(Ordering::Relaxed)
@@ -200,7 +210,7 @@ impl Arena {
     pub fn shrink_meta(&self) -> Option<MetaNo> {
         let m = self.take_meta()?;
         crash_point!("shrink metadata: taken, still resident");
-        if self.map.file().give_back(self.at.meta_at + m.0 as usize * PAGE_BYTES, PAGE_BYTES) {
+        if self.map.give_back(self.at.meta_at + m.0 as usize * PAGE_BYTES, PAGE_BYTES) {
             return Some(m);
         }
         self.put_meta(m);
@@ -262,7 +272,7 @@ impl Arena {
     pub fn shrink_frame(&self, keep: u32) -> Option<FrameNo> {
         let f = FrameNo(self.frames.pop(keep)?);
         crash_point!("shrink frame: taken, still resident");
-        if self.map.file().give_back(self.frame_at(f), self.segment_bytes()) {
+        if self.map.give_back(self.frame_at(f), self.segment_bytes()) {
             return Some(f);
         }
         self.frames.push(f.0);

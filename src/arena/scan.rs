@@ -134,7 +134,7 @@ impl Arena {
 
     /// Gives what there is of an unused frame back to the host.
     pub fn drop_torn_frame(&self, f: FrameNo) {
-        self.map.file().give_back(self.frame_at(f), self.segment_bytes());
+        self.map.give_back(self.frame_at(f), self.segment_bytes());
     }
 
     /// Puts a resident frame that no segment has among the free ones.
@@ -149,7 +149,7 @@ impl Arena {
 
     /// Puts a resident metadata page that nothing leads to among the free ones, whatever it holds.
     pub fn adopt_meta(&self, m: MetaNo) {
-        self.leaf(m).iter().for_each(|w| w.store(0, Ordering::Relaxed));
+        self.zero_meta(m);
         crash_point!("recovery: a metadata page zeroed, not yet free");
         self.put_meta(m);
     }

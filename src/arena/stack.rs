@@ -4,7 +4,7 @@
 //! The length is counted apart: `push` counts after the index is in, `pop` reserves from the count
 //! before it takes, so that a pop which passed the count always finds an index.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use crate::sync::{AtomicU32, AtomicU64, Ordering};
 
 pub(crate) struct IndexStack {
     head: AtomicU64,
@@ -54,7 +54,7 @@ impl IndexStack {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
     use std::collections::HashSet;

@@ -15,7 +15,7 @@ use super::{ROOT_BYTES, SEGMENT_ENTRY_BYTES};
 use crate::config::Checked;
 use crate::error::{Error, Result};
 use crate::page::{VolumeId, MAX_VOLUMES, MAX_VOLUME_BYTES, PAGE_BYTES};
-use std::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::{AtomicU64, Ordering};
 
 /// First 8 bytes of an arena.
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"GHOSTSWP");

@@ -9,7 +9,7 @@
 //! announcement (and waits), or the lane's loads come after the unlinking (and cannot find what
 //! was unlinked). A lane never blocks inside an epoch: it neither sleeps nor waits for memory.
 
-use std::sync::atomic::{fence, AtomicU64, Ordering};
+use crate::sync::{fence, spin_loop, yield_now, AtomicU64, Ordering};
 
 #[repr(align(128))]
 struct Announced(AtomicU64);
@@ -50,9 +50,9 @@ impl Epochs {
                 }
                 spins += 1;
                 if spins < 64 {
-                    std::hint::spin_loop();
+                    spin_loop();
                 } else {
-                    std::thread::yield_now();
+                    yield_now();
                 }
             }
         }

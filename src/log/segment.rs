@@ -19,7 +19,7 @@
 use crate::arena::Arena;
 use crate::log::record::{Header, GROUP_HEADER, SINGLE_HEADER};
 use crate::page::{FrameNo, SegmentId};
-use std::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::{AtomicU64, Ordering};
 
 pub(super) const STATE: u64 = 0xff;
 pub(super) const FREE: u64 = 0;

@@ -22,11 +22,10 @@ mod slot;
 pub(crate) use rebuild::{walk, Reached};
 pub(crate) use slot::{Kind, Slot, Stored, LOST};
 
-use crate::arena::{Arena, ROOT_ENTRIES};
-use crate::page::{MetaNo, PageNo, VolumeId, CLUSTER_PAGES};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use crate::arena::{Arena, NODE_ENTRIES, ROOT_ENTRIES};
+use crate::page::{MetaNo, PageNo, VolumeId};
+use crate::sync::{yield_now, AtomicU32, AtomicU64, Ordering};
 
-const NODE_ENTRIES: usize = 1024;
 /// Clusters in the largest volume.
 pub(crate) const MAX_CLUSTERS: usize = ROOT_ENTRIES * NODE_ENTRIES;
 const FROZEN: u32 = 1 << 31;
@@ -72,7 +71,7 @@ impl Map {
     fn child_or_new(&self, arena: &Arena, link: &AtomicU32) -> Result<Option<MetaNo>, OutOfMeta> {
         let now = link.load(Ordering::Acquire);
         if now & FROZEN != 0 {
-            std::thread::yield_now();
+            yield_now();
             return Ok(None);
         }
         if now != 0 {
@@ -119,7 +118,7 @@ impl Map {
             let word = Slot(leaf[0].load(Ordering::Acquire));
             if word.is_frozen() {
                 // Another thread owns the freezing; it may yet set the leaf free again.
-                std::thread::yield_now();
+                yield_now();
             } else if swap_if(&leaf[0], word, Slot::frozen(0)) {
                 crash_point!("discard cluster: slot 0 frozen");
                 died(word);
@@ -213,7 +212,7 @@ impl Map {
             let m = MetaNo(head);
             head = next_retired(arena, m);
             crash_point!("release: retired node not zeroed");
-            arena.leaf(m).iter().for_each(|w| w.store(0, Ordering::Relaxed));
+            arena.zero_meta(m);
             crash_point!("release: retired node zeroed, not free");
             arena.put_meta(m);
         }
@@ -245,6 +244,5 @@ pub(crate) fn swap_if(slot: &AtomicU64, old: Slot, new: Slot) -> bool {
 
 /// Loads the word of a page: empty if its cluster has no leaf.
 pub(crate) fn load(map: &Map, arena: &Arena, v: VolumeId, p: PageNo) -> Slot {
-    debug_assert_eq!(CLUSTER_PAGES, 512);
     map.leaf(arena, v, p.cluster()).map_or(Slot::EMPTY, |leaf| Slot(leaf[p.slot()].load(Ordering::Acquire)))
 }

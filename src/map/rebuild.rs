@@ -14,7 +14,7 @@ use super::{Slot, FROZEN};
 use crate::arena::{Arena, Resident};
 use crate::error::{Error, Result};
 use crate::page::{MetaNo, VolumeId};
-use std::sync::atomic::{AtomicU32, Ordering};
+use crate::sync::{AtomicU32, Ordering};
 
 /// The metadata pages that the walk came to, numbered from 0.
 pub(crate) struct Reached {

@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::log::record::Header;
 use crate::map::{swap_if, Kind, Slot, Stored};
 use crate::page::{PageNo, VolumeId, CLUSTER_PAGES, PAGE_BYTES, SECTOR_BYTES};
+use crate::sync::yield_now;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -315,7 +316,7 @@ impl Lane {
                 }
                 old = Slot(slot.load(Ordering::Acquire));
             }
-            std::thread::yield_now();
+            yield_now();
         }
     }
 
@@ -351,7 +352,7 @@ impl Lane {
         let slot = &leaf[page.slot()];
         let old = Slot(slot.load(Ordering::Acquire));
         if old.is_frozen() {
-            std::thread::yield_now();
+            yield_now();
             return Ok(None);
         }
         let mut plain = [0u8; PAGE_BYTES];
@@ -398,7 +399,7 @@ impl Lane {
             let slot = &leaf[PageNo(page as u32).slot()];
             let old = Slot(slot.load(Ordering::Acquire));
             if old.is_frozen() {
-                std::thread::yield_now();
+                yield_now();
             } else if old == Slot::EMPTY || swap_if(slot, old, Slot::EMPTY) {
                 crash_point!("discard: slot empty, old record counted");
                 s.died(counters, old);

@@ -81,6 +81,35 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
+    fn new(config: Checked, arena: Arena, map: Map, segments: Segments, found: &mut Found) -> Shared {
+        let counters: Box<[Counters]> = (0..=config.max_lanes).map(|_| Counters::default()).collect();
+        let before = &counters[config.max_lanes];
+        bump(&before.stored_pages, found.pages.stored);
+        bump(&before.filled_pages, found.pages.filled);
+        bump(&before.zero_pages, found.pages.zero);
+        bump(&before.lost_pages, found.pages.lost);
+        Shared {
+            map,
+            segments,
+            epochs: Epochs::new(config.max_lanes + 1),
+            counters,
+            stop: AtomicBool::new(false),
+            reserve: AtomicU32::new(4),
+            held_frames: AtomicU32::new(found.frames.count()),
+            held_meta: AtomicU32::new(found.meta.count()),
+            known: AtomicU32::new(found.known),
+            frames_taken: AtomicU64::new(0),
+            cleaned: AtomicU64::new(0),
+            growth: OnceLock::new(),
+            cleaner: OnceLock::new(),
+            lanes: Mutex::new(vec![false; config.max_lanes]),
+            volumes: Mutex::new(std::mem::take(&mut found.volumes)),
+            quiet: [Mutex::new(()), Mutex::new(())],
+            arena,
+            config,
+        }
+    }
+
     /// Memory held now, in bytes: frames, metadata pages, segment table.
     pub fn held_bytes(&self) -> u64 {
         u64::from(self.held_frames.load(Ordering::Relaxed)) * self.arena.segment_bytes() as u64
@@ -283,39 +312,13 @@ fn build(config: StoreConfig, arena: OwnedFd) -> Result<(Arc<Shared>, grow::Grow
     let mut config = config.validate(ram_bytes)?;
     let (arena, found) = Arena::open(&mut config, arena)?;
     let (map, segments) = (Map::new(), Segments::new(arena.max_frames()));
-    let Found { frames, meta, known, pages, volumes } =
-        if found { recover::recover(&arena, &segments, &map)? } else { Found::nothing(&arena) };
-    let counters: Box<[Counters]> = (0..=config.max_lanes).map(|_| Counters::default()).collect();
-    let before = &counters[config.max_lanes];
-    bump(&before.stored_pages, pages.stored);
-    bump(&before.filled_pages, pages.filled);
-    bump(&before.zero_pages, pages.zero);
-    bump(&before.lost_pages, pages.lost);
+    let mut what = if found { recover::recover(&arena, &segments, &map)? } else { Found::nothing(&arena) };
     if found {
-        let count = pages.stored + pages.filled + pages.zero;
-        tracing::info!("took up an arena: {} volumes, {count} pages, in {:?}", volumes.len(), begun.elapsed());
+        let (count, volumes) = (what.pages.stored + what.pages.filled + what.pages.zero, what.volumes.len());
+        tracing::info!("took up an arena: {volumes} volumes, {count} pages, in {:?}", begun.elapsed());
     }
-    let shared = Arc::new(Shared {
-        map,
-        segments,
-        epochs: Epochs::new(config.max_lanes + 1),
-        counters,
-        stop: AtomicBool::new(false),
-        reserve: AtomicU32::new(4),
-        held_frames: AtomicU32::new(frames.count()),
-        held_meta: AtomicU32::new(meta.count()),
-        known: AtomicU32::new(known),
-        frames_taken: AtomicU64::new(0),
-        cleaned: AtomicU64::new(0),
-        growth: OnceLock::new(),
-        cleaner: OnceLock::new(),
-        lanes: Mutex::new(vec![false; config.max_lanes]),
-        volumes: Mutex::new(volumes),
-        quiet: [Mutex::new(()), Mutex::new(())],
-        arena,
-        config,
-    });
-    let growth = grow::Growth::new(shared.clone(), frames, meta, found);
+    let shared = Arc::new(Shared::new(config, arena, map, segments, &mut what));
+    let growth = grow::Growth::new(shared.clone(), what.frames, what.meta, found);
     Ok((shared, growth, !found))
 }
 
