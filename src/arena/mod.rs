@@ -156,7 +156,8 @@ impl Arena {
         self.meta_ready.load(Ordering::Relaxed)
     }
 
-    /// A free metadata page, all zero. None: growth is behind.
+    /// A free metadata page, all zero. None: growth is behind. Within an epoch, for all but growth,
+    /// which alone gives pages back.
     pub fn take_meta(&self) -> Option<MetaNo> {
         let mut head = self.meta_head.load(Ordering::Acquire);
         loop {
@@ -206,9 +207,11 @@ impl Arena {
         Ok(())
     }
 
-    /// Gives a free page's memory back to the host. Growth thread only.
-    pub fn shrink_meta(&self) -> Option<MetaNo> {
+    /// Gives a free page's memory back to the host, after a grace period: a lane in `take_meta` may
+    /// be about to look at it, and would be the one to ask the host for it anew. Growth thread only.
+    pub fn shrink_meta(&self, grace: impl Fn()) -> Option<MetaNo> {
         let m = self.take_meta()?;
+        grace();
         crash_point!("shrink metadata: taken, still resident");
         if self.map.give_back(self.at.meta_at + m.0 as usize * PAGE_BYTES, PAGE_BYTES) {
             return Some(m);
@@ -294,5 +297,44 @@ impl Arena {
     pub fn open_tail(&self, f: FrameNo, offset: usize, len: usize) -> &mut [u8] {
         assert!(offset + len <= self.segment_bytes(), "a tail lies within its segment");
         self.map.tail(self.frame_at(f) + offset, len)
+    }
+}
+
+#[cfg(all(test, loom))]
+mod models {
+    use super::*;
+    use crate::sync::model;
+    use std::sync::atomic::AtomicBool;
+    use std::sync::Arc;
+
+    /// As `stack::models::an_index_has_one_holder`, of metadata pages. (The models of the store have
+    /// the rest: growth that gives a page back under a lane's eyes.)
+    #[test]
+    fn a_metadata_page_has_one_holder() {
+        model(Some(3), || {
+            let arena = Arc::new(Arena::simulated(64, 1, 3));
+            let held: Arc<[AtomicBool; 4]> = Arc::default();
+            let threads: Vec<_> = (0..2)
+                .map(|_| {
+                    let (arena, held) = (arena.clone(), held.clone());
+                    loom::thread::spawn(move || {
+                        let taken = [arena.take_meta(), arena.take_meta()];
+                        for m in taken.iter().flatten() {
+                            assert!(!held[m.0 as usize].swap(true, Ordering::SeqCst), "page {} is held twice", m.0);
+                            assert_eq!(arena.node(*m)[0].load(Ordering::Relaxed), 0, "a free page is zero");
+                        }
+                        for m in taken.into_iter().flatten() {
+                            held[m.0 as usize].store(false, Ordering::SeqCst);
+                            arena.put_meta(m);
+                        }
+                    })
+                })
+                .collect();
+            threads.into_iter().for_each(|t| t.join().expect("a model's thread ends"));
+            assert_eq!(arena.meta_ready(), 3);
+            let mut all = [arena.take_meta(), arena.take_meta(), arena.take_meta()].map(|m| m.map(|m| m.0));
+            all.sort_unstable();
+            assert_eq!(all, [Some(1), Some(2), Some(3)]);
+        });
     }
 }

@@ -80,3 +80,71 @@ mod tests {
         assert_eq!(s.len(), 8);
     }
 }
+
+#[cfg(all(test, loom))]
+#[allow(clippy::arc_with_non_send_sync, reason = "whether the cell is shared rightly is what loom judges")]
+mod models {
+    use super::*;
+    use crate::sync::model;
+    use std::sync::Arc;
+
+    /// Two threads take two each of three indices and put them back: nobody holds what the other
+    /// holds, and a pop that passed the count finds an index. One that takes two and puts back the
+    /// first makes the ABA: what was on top is on top again, over another.
+    #[test]
+    fn an_index_has_one_holder() {
+        model(Some(4), || {
+            let stack = Arc::new(IndexStack::new(3));
+            (0..3).for_each(|i| stack.push(i));
+            let held: Arc<[std::sync::atomic::AtomicBool; 3]> = Arc::default();
+            let threads: Vec<_> = (0..2)
+                .map(|_| {
+                    let (stack, held) = (stack.clone(), held.clone());
+                    loom::thread::spawn(move || {
+                        let taken = [stack.pop(0), stack.pop(0)].map(|i| {
+                            let i = i? as usize;
+                            assert!(!held[i].swap(true, Ordering::SeqCst), "index {i} is held twice");
+                            Some(i)
+                        });
+                        for i in taken.into_iter().flatten() {
+                            held[i].store(false, Ordering::SeqCst);
+                            stack.push(i as u32);
+                        }
+                    })
+                })
+                .collect();
+            threads.into_iter().for_each(|t| t.join().expect("a model's thread ends"));
+            let mut all = [stack.pop(0), stack.pop(0), stack.pop(0), stack.pop(0)];
+            all.sort_unstable();
+            assert_eq!(all, [None, Some(0), Some(1), Some(2)]);
+        });
+    }
+
+    /// What was counted in is there for whoever takes it off the count, and with it what its last
+    /// holder did before.
+    #[test]
+    fn what_passes_the_count_is_there() {
+        model(None, || {
+            let stack = Arc::new(IndexStack::new(2));
+            let page = Arc::new(loom::cell::UnsafeCell::new(0));
+            let threads: Vec<_> = (0..2)
+                .map(|i| {
+                    let (stack, page) = (stack.clone(), page.clone());
+                    loom::thread::spawn(move || {
+                        if i == 0 {
+                            page.with_mut(|_| ());
+                            stack.push(0);
+                        } else {
+                            stack.push(1);
+                            stack.pop(1);
+                        }
+                    })
+                })
+                .collect();
+            if stack.pop(0) == Some(0) {
+                page.with_mut(|_| ());
+            }
+            threads.into_iter().for_each(|t| t.join().expect("a model's thread ends"));
+        });
+    }
+}

@@ -7,9 +7,11 @@
 //! Why that is enough: `enter` stores the announcement and then issues a SeqCst fence before any
 //! load; `wait` issues one between the unlinking and its scan. So either the scan sees the
 //! announcement (and waits), or the lane's loads come after the unlinking (and cannot find what
-//! was unlinked). A lane never blocks inside an epoch: it neither sleeps nor waits for memory.
+//! was unlinked). The scan may see the next announcement instead of the leaving before it: so both
+//! are Release, and either tells that what the lane read until then was read before.
+//! A lane never blocks inside an epoch: it neither sleeps nor waits for memory.
 
-use crate::sync::{fence, spin_loop, yield_now, AtomicU64, Ordering};
+use crate::sync::{fence, spin_loop, AtomicU64, Ordering};
 
 #[repr(align(128))]
 struct Announced(AtomicU64);
@@ -28,7 +30,7 @@ impl Epochs {
 
     pub fn enter(&self, lane: usize) {
         let now = self.global.load(Ordering::Relaxed);
-        self.lanes[lane].0.store(now, Ordering::Relaxed);
+        self.lanes[lane].0.store(now, Ordering::Release);
         fence(Ordering::SeqCst);
     }
 
@@ -36,10 +38,10 @@ impl Epochs {
         self.lanes[lane].0.store(OUTSIDE, Ordering::Release);
     }
 
-    /// Returns once nobody can hold what was unlinked before the call.
-    pub fn wait(&self) {
-        fence(Ordering::SeqCst);
-        let target = self.global.fetch_add(1, Ordering::SeqCst) + 1;
+    /// Returns once nobody can hold what was unlinked before the call; calls `pause` between looks
+    /// at a lane that takes its time.
+    pub fn wait(&self, pause: impl Fn()) {
+        let target = self.global.fetch_add(1, Ordering::AcqRel) + 1;
         fence(Ordering::SeqCst);
         for lane in &self.lanes {
             let mut spins = 0u32;
@@ -52,9 +54,56 @@ impl Epochs {
                 if spins < 64 {
                     spin_loop();
                 } else {
-                    yield_now();
+                    pause();
                 }
             }
         }
+    }
+}
+
+#[cfg(all(test, loom))]
+#[allow(clippy::arc_with_non_send_sync, reason = "whether the cell is shared rightly is what loom judges")]
+mod models {
+    use super::*;
+    use crate::sync::model;
+    use loom::cell::UnsafeCell;
+    use std::sync::Arc;
+
+    /// Lanes read what a link leads to, within an epoch each time; the link is cut, and after a
+    /// grace period what it led to is written anew.
+    fn reuse(preemptions: Option<usize>, lanes: usize, visits: usize) {
+        model(preemptions, move || {
+            let epochs = Arc::new(Epochs::new(lanes));
+            let link = Arc::new(AtomicU64::new(1));
+            let page = Arc::new(UnsafeCell::new(0));
+            let threads: Vec<_> = (0..lanes)
+                .map(|lane| {
+                    let (epochs, link, page) = (epochs.clone(), link.clone(), page.clone());
+                    loom::thread::spawn(move || {
+                        for _ in 0..visits {
+                            epochs.enter(lane);
+                            if link.load(Ordering::Acquire) == 1 {
+                                page.with(|_| ());
+                            }
+                            epochs.leave(lane);
+                        }
+                    })
+                })
+                .collect();
+            link.store(0, Ordering::Release);
+            epochs.wait(crate::sync::yield_now);
+            page.with_mut(|_| ());
+            threads.into_iter().for_each(|t| t.join().expect("a model's thread ends"));
+        });
+    }
+
+    #[test]
+    fn nothing_is_reused_under_a_lane() {
+        reuse(None, 1, 2);
+    }
+
+    #[test]
+    fn nothing_is_reused_under_two_lanes() {
+        reuse(Some(3), 2, 2);
     }
 }

@@ -10,7 +10,8 @@
 //! States: free → open → sealed → retired → free, and sealed ↔ cleaning. Live bytes are added
 //! before the slot that names them is committed and taken off after the slot that named them was
 //! exchanged, so they never fall short of the truth. Whoever brings a sealed segment to zero
-//! retires it; the exchange of the state word makes sure that this happens once.
+//! retires it; the exchange of the state word makes sure that this happens once. (Lanes do all of
+//! this within an epoch: so what was seen sealed and dead is not another segment by the exchange.)
 //!
 //! Killed between any two of these stores, the table is good enough for `log/rebuild.rs`: a slot
 //! names only segments that are open, sealed or being cleaned, and `bytes used` of the latter two
@@ -19,7 +20,7 @@
 use crate::arena::Arena;
 use crate::log::record::{Header, GROUP_HEADER, SINGLE_HEADER};
 use crate::page::{FrameNo, SegmentId};
-use crate::sync::{AtomicU64, Ordering};
+use crate::sync::{fence, AtomicU64, Ordering};
 
 pub(super) const STATE: u64 = 0xff;
 pub(super) const FREE: u64 = 0;
@@ -88,19 +89,22 @@ impl Segments {
         crash_point!("seal: sequence stored");
         e[1].fetch_add((open.used as u64) << USED_SHIFT, Ordering::AcqRel);
         crash_point!("seal: used stored, state still open");
-        e[0].store(SEALED | u64::from(open.frame.0) << 32, Ordering::SeqCst);
+        e[0].store(SEALED | u64::from(open.frame.0) << 32, Ordering::Release);
         crash_point!("seal: sealed");
         self.retire_if_dead(arena, open.segment)
     }
 
     fn retire_if_dead(&self, arena: &Arena, s: SegmentId) -> bool {
         let e = arena.segment_entry(s);
-        let state = e[0].load(Ordering::SeqCst);
-        if state & STATE != SEALED || e[1].load(Ordering::SeqCst) as u32 != 0 {
+        // The caller sealed the segment or took live bytes off it. Of one that does this and one
+        // that does that at the same time, one at least sees what the other did.
+        fence(Ordering::SeqCst);
+        let state = e[0].load(Ordering::Acquire);
+        if state & STATE != SEALED || e[1].load(Ordering::Acquire) as u32 != 0 {
             return false;
         }
         let retired = state & !STATE | RETIRED;
-        if e[0].compare_exchange(state, retired, Ordering::SeqCst, Ordering::Relaxed).is_err() {
+        if e[0].compare_exchange(state, retired, Ordering::AcqRel, Ordering::Relaxed).is_err() {
             return false;
         }
         crash_point!("retire: retired, on no list");
@@ -116,7 +120,7 @@ impl Segments {
         if state & STATE != SEALED {
             return None;
         }
-        e[0].compare_exchange(state, state & !STATE | CLEANING, Ordering::SeqCst, Ordering::Relaxed).ok()?;
+        e[0].compare_exchange(state, state & !STATE | CLEANING, Ordering::AcqRel, Ordering::Relaxed).ok()?;
         crash_point!("clean: claimed");
         let used = (e[1].load(Ordering::Acquire) >> USED_SHIFT) as usize;
         Some(Open { segment: s, frame: FrameNo((state >> 32) as u32), used })
@@ -128,7 +132,7 @@ impl Segments {
         let e = arena.segment_entry(s);
         let state = e[0].load(Ordering::Relaxed);
         crash_point!("clean: moved, still claimed");
-        e[0].store(state & !STATE | SEALED, Ordering::SeqCst);
+        e[0].store(state & !STATE | SEALED, Ordering::Release);
         crash_point!("clean: sealed again");
         self.retire_if_dead(arena, s);
     }
@@ -189,5 +193,66 @@ impl Segments {
         let head = if Header::is_group(head) { bytes(GROUP_HEADER)? } else { head };
         let header = Header::read(head)?;
         Some((header, bytes(header.total())?))
+    }
+}
+
+#[cfg(all(test, loom))]
+mod models {
+    use super::*;
+    use crate::sync::model;
+    use std::sync::Arc;
+
+    /// A segment is sealed, or set free by the cleaner, while its two records die: it is retired,
+    /// once, and whoever finds it so knows of all that was done to it.
+    fn retired_once(cleaned: bool) {
+        model(None, move || {
+            let arena = Arc::new(Arena::simulated(32, 2, 1));
+            let segments = Arc::new(Segments::new(2));
+            let open = segments.open(&arena, 0).expect("a frame is free");
+            let s = open.segment;
+            segments.add_live(&arena, s, 30);
+            if cleaned {
+                segments.seal(&arena, open);
+                segments.begin_cleaning(&arena, s).expect("it is sealed");
+            }
+            // A slot names each record until it is dead.
+            let slots: Arc<[AtomicU64; 2]> = Arc::new([AtomicU64::new(1), AtomicU64::new(1)]);
+            let threads: Vec<_> = (0..2)
+                .map(|i| {
+                    let (arena, segments, slots) = (arena.clone(), segments.clone(), slots.clone());
+                    loom::thread::spawn(move || {
+                        slots[i].store(0, Ordering::Relaxed);
+                        segments.take_live(&arena, s, 15);
+                    })
+                })
+                .collect();
+            match cleaned {
+                true => segments.end_cleaning(&arena, s),
+                false => {
+                    segments.seal(&arena, open);
+                }
+            }
+            if segments.take_retired(0) != 0 {
+                assert!(slots.iter().all(|slot| slot.load(Ordering::Relaxed) == 0), "a slot names it still");
+                segments.release(&arena, s);
+            }
+            threads.into_iter().for_each(|t| t.join().expect("a model's thread ends"));
+            if segments.any_retired() {
+                assert_eq!(segments.take_retired(0), 1 << s.0);
+                segments.release(&arena, s);
+            }
+            assert_eq!((arena.frames_ready(), arena.ids_ready()), (2, 2), "it was not retired");
+            assert!(!segments.any_retired(), "it was retired twice");
+        });
+    }
+
+    #[test]
+    fn a_segment_that_dies_while_it_is_sealed_is_retired_once() {
+        retired_once(false);
+    }
+
+    #[test]
+    fn a_segment_that_dies_while_it_is_cleaned_is_retired_once() {
+        retired_once(true);
     }
 }

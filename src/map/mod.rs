@@ -24,7 +24,7 @@ pub(crate) use slot::{Kind, Slot, Stored, LOST};
 
 use crate::arena::{Arena, NODE_ENTRIES, ROOT_ENTRIES};
 use crate::page::{MetaNo, PageNo, VolumeId};
-use crate::sync::{yield_now, AtomicU32, AtomicU64, Ordering};
+use crate::sync::{fence, yield_now, AtomicU32, AtomicU64, Ordering};
 
 /// Clusters in the largest volume.
 pub(crate) const MAX_CLUSTERS: usize = ROOT_ENTRIES * NODE_ENTRIES;
@@ -135,18 +135,18 @@ impl Map {
     /// Takes the leaf of a cluster out if all of it is empty.
     pub fn drop_if_empty(&self, arena: &Arena, v: VolumeId, cluster: usize) {
         let Some(leaf) = self.leaf(arena, v, cluster) else { return };
-        if leaf.iter().any(|s| s.load(Ordering::Relaxed) != Slot::EMPTY.0) {
-            return;
+        let frozen = freeze_empty(
+            leaf,
+            |slot| slot.load(Ordering::Relaxed) == Slot::EMPTY.0,
+            |slot| {
+                crash_point!("drop leaf: partly frozen");
+                swap_if(slot, Slot::EMPTY, Slot::frozen(0))
+            },
+            |slot| slot.store(Slot::EMPTY.0, Ordering::Release),
+        );
+        if frozen {
+            self.unlink(arena, v, cluster);
         }
-        for (i, slot) in leaf.iter().enumerate() {
-            crash_point!("drop leaf: partly frozen");
-            if !swap_if(slot, Slot::EMPTY, Slot::frozen(0)) {
-                // Slot 0 is set free last, so that the freezing stays ours until we are done.
-                leaf[..i].iter().rev().for_each(|s| s.store(Slot::EMPTY.0, Ordering::Release));
-                return;
-            }
-        }
-        self.unlink(arena, v, cluster);
     }
 
     /// The leaf is all frozen by us: unlink it, and its node if that is empty now.
@@ -155,18 +155,21 @@ impl Map {
         let Some(node) = child(root) else { unreachable!("a node with a leaf in it stays linked") };
         let links = arena.node(node);
         crash_point!("unlink: leaf frozen, linked");
+        debug_assert!(self.leaf(arena, v, cluster).is_some_and(all_frozen), "nobody thaws a leaf of ours");
         let leaf = MetaNo(links[cluster % NODE_ENTRIES].swap(0, Ordering::AcqRel));
         crash_point!("unlink: leaf unlinked, not retired");
         self.retire(leaf, |next| arena.leaf(leaf)[0].store(Slot::frozen(next).0, Ordering::Release));
-        if links.iter().any(|l| l.load(Ordering::Relaxed) != 0) {
+        let frozen = freeze_empty(
+            links,
+            |link| link.load(Ordering::Relaxed) == 0,
+            |link| {
+                crash_point!("unlink: node partly frozen");
+                link.compare_exchange(0, FROZEN, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+            },
+            |link| link.store(0, Ordering::Release),
+        );
+        if !frozen {
             return;
-        }
-        for (i, link) in links.iter().enumerate() {
-            crash_point!("unlink: node partly frozen");
-            if link.compare_exchange(0, FROZEN, Ordering::AcqRel, Ordering::Relaxed).is_err() {
-                links[..i].iter().rev().for_each(|l| l.store(0, Ordering::Release));
-                return;
-            }
         }
         crash_point!("unlink: node frozen, linked");
         root.store(0, Ordering::Release);
@@ -217,6 +220,27 @@ impl Map {
             arena.put_meta(m);
         }
     }
+}
+
+/// Freezes all of a leaf's slots or a node's links if all are empty. Whoever emptied one calls this:
+/// the last of them to look, or whoever was freezing meanwhile, sees that all are empty.
+fn freeze_empty<T>(words: &[T], empty: impl Fn(&T) -> bool, freeze: impl Fn(&T) -> bool, thaw: impl Fn(&T)) -> bool {
+    loop {
+        // Between what we emptied (or thawed) and what we see of the others: of two that do this at
+        // the same time, one at least sees what the other did.
+        fence(Ordering::SeqCst);
+        if !words.iter().all(&empty) {
+            return false;
+        }
+        let Some(i) = words.iter().position(|word| !freeze(word)) else { return true };
+        // The first is set free last, so that the freezing stays ours until we are done. What was
+        // not empty may be so by now, left to us by who saw it half frozen: look again.
+        words[..i].iter().rev().for_each(&thaw);
+    }
+}
+
+fn all_frozen(leaf: &[AtomicU64]) -> bool {
+    leaf.iter().all(|slot| Slot(slot.load(Ordering::Relaxed)).is_frozen())
 }
 
 fn next_retired(arena: &Arena, m: MetaNo) -> u32 {

@@ -15,6 +15,7 @@ use crate::log::record::{Header, MAX_GROUP};
 use crate::log::segment::Open;
 use crate::map::{self, swap_if, Slot, Stored};
 use crate::page::{PageNo, SegmentId, PAGE_BYTES};
+use crate::sync::yield_now;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
@@ -79,7 +80,7 @@ impl Cleaner {
             if bits == 0 && !(group == 0 && nodes != 0) {
                 continue;
             }
-            s.epochs.wait();
+            s.epochs.wait(yield_now);
             if group == 0 {
                 s.map.release(&s.arena, nodes);
             }

@@ -16,6 +16,8 @@ const META_RESERVE: u32 = 64;
 /// Free metadata pages above which memory goes back.
 const META_SURPLUS: u32 = 4 * META_RESERVE;
 const META_STEP: u32 = 16;
+/// Sleep, not yield, while a lane is on its way: growth may have a priority that yields to no lane.
+const GRACE_NAP: Duration = Duration::from_micros(100);
 const NAP: Duration = Duration::from_millis(100);
 /// Surplus must last this long before memory is given back.
 const PATIENCE: Duration = Duration::from_millis(500);
@@ -179,7 +181,7 @@ impl Growth {
             s.held_frames.fetch_sub(1, Ordering::Relaxed);
         }
         for _ in 0..meta.div_ceil(4) {
-            let Some(m) = s.arena.shrink_meta() else { break };
+            let Some(m) = s.arena.shrink_meta(|| s.epochs.wait(|| std::thread::sleep(GRACE_NAP))) else { break };
             self.meta.clear(m.0 - 1);
             s.held_meta.fetch_sub(1, Ordering::Relaxed);
         }

@@ -412,8 +412,9 @@ impl Lane {
 
 impl Drop for Lane {
     fn drop(&mut self) {
-        let s = self.store.shared().clone();
-        self.appender.close(&s);
+        // Within an epoch, as every sealing of a lane's: until it ends, no segment that was seen
+        // sealed and dead comes back as another.
+        self.in_epoch(|lane, s| lane.appender.close(s));
         self.store.put_lane(self.index);
     }
 }

@@ -16,6 +16,8 @@ mod audit;
 mod clean;
 mod grow;
 mod lane;
+#[cfg(all(test, loom))]
+mod models;
 mod recover;
 #[cfg(feature = "crash-points")]
 mod steps;
