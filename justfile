@@ -15,6 +15,18 @@ test:
 crash:
     cargo test -p ghostswap --release --features crash-points --test crash_points
 
+# The I/O path asks neither the allocator nor the kernel for anything
+no-alloc:
+    cargo test -p ghostswap --release --test no_alloc
+
+# Models of the lock-free code, through all interleavings
+loom *ARGS:
+    scripts/loom {{ARGS}}
+
+# The model test under ThreadSanitizer
+tsan *ARGS:
+    scripts/tsan {{ARGS}}
+
 # The main job in a guest
 vm *ARGS:
     ./scripts/quickstart {{ARGS}}
