@@ -28,7 +28,7 @@ mod store;
 mod sync;
 mod volume;
 
-pub use arena::create_arena;
+pub use arena::{create_arena, Spare, ARENA_VERSION};
 pub use config::{StoreConfig, TierConfig};
 #[cfg(feature = "crash-points")]
 #[doc(hidden)]
@@ -39,7 +39,7 @@ pub use stats::Stats;
 #[cfg(feature = "crash-points")]
 #[doc(hidden)]
 pub use store::Steps;
-pub use store::{Lane, Store};
+pub use store::{Lane, Standby, Store};
 pub use volume::Volume;
 
 /// Bytes of a record's header for a page stored alone.

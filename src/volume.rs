@@ -10,12 +10,11 @@ use crate::store::{Lane, Store};
 pub struct Volume {
     store: Store,
     id: VolumeId,
-    bytes: u64,
 }
 
 impl Volume {
-    pub(crate) fn new(store: Store, id: VolumeId, bytes: u64) -> Volume {
-        Volume { store, id, bytes }
+    pub(crate) fn new(store: Store, id: VolumeId) -> Volume {
+        Volume { store, id }
     }
 
     /// Its number within the store: how [`Store::open_volume`] finds it again.
@@ -25,11 +24,17 @@ impl Volume {
 
     /// Size in bytes.
     pub fn bytes(&self) -> u64 {
-        self.bytes
+        self.store.volume_bytes(self.id)
+    }
+
+    /// Makes it larger, also while lanes are open: they serve the new range from here on. What was
+    /// there stays, what is added reads as zeros. A volume does not shrink.
+    pub fn grow(&self, bytes: u64) -> Result<()> {
+        self.store.grow_volume(self.id, bytes)
     }
 
     /// Opens a lane: what one I/O thread reads and writes through.
     pub fn lane(&self) -> Result<Lane> {
-        Lane::open(self.store.clone(), self.id, self.bytes)
+        Lane::open(self.store.clone(), self.id)
     }
 }

@@ -10,7 +10,7 @@
 
 mod ledger;
 
-use ghostswap::{create_arena, Error, Lane, Store, StoreConfig, MAX_VOLUME_BYTES};
+use ghostswap::{create_arena, Error, Lane, Standby, Store, StoreConfig, MAX_VOLUME_BYTES};
 use ledger::{content, ended, fork, kill, wait, End, Ledger, Rng, Shared, PAGE};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::Ordering;
@@ -130,7 +130,10 @@ impl Writer<'_> {
 
 /// Takes the arena up and checks all of it: counts against a recount, pages against the ledger.
 fn take_up(arena: &OwnedFd, tier: &str, ledger: &Ledger) -> Result<Store, String> {
-    let store = Store::open_arena(config(tier), arena.try_clone().unwrap()).map_err(|e| e.to_string())?;
+    checked(Store::open_arena(config(tier), arena.try_clone().unwrap()).map_err(|e| e.to_string())?, ledger)
+}
+
+fn checked(store: Store, ledger: &Ledger) -> Result<Store, String> {
     store.audit().map_err(|e| format!("after recovery: {e}"))?;
     let sizes: Vec<u64> = store.volumes().iter().map(|v| v.bytes()).collect();
     if sizes != SIZES[..sizes.len()] {
@@ -157,9 +160,15 @@ fn writer<'a>(store: &Store, ledger: &'a Ledger, thread: u64, seed: u64) -> Writ
     Writer { lanes, ledger, thread, rng: Rng(seed), version: seed << 32, buf: vec![0; 512 * PAGE] }
 }
 
-/// A life: takes the arena up, checks it, writes until it is killed.
-fn live(arena: &OwnedFd, tier: &str, ledger: &Ledger, board: &Shared, seed: u64) -> Result<(), String> {
-    let store = take_up(arena, tier, ledger)?;
+/// A life: stands by until it is the life's turn, takes the arena up, checks it, writes until it is
+/// killed.
+fn live(arena: &OwnedFd, tier: &str, ledger: &Ledger, board: &Shared, seed: u64, life: u64) -> Result<(), String> {
+    let mut standby = Standby::new(config(tier), arena.try_clone().unwrap()).map_err(|e| e.to_string())?;
+    while board.at(2).load(Ordering::SeqCst) < life {
+        standby.keep_up().map_err(|e| e.to_string())?;
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let store = checked(standby.open().map_err(|e| e.to_string())?, ledger)?;
     board.at(0).fetch_add(1, Ordering::SeqCst);
     std::thread::scope(|scope| {
         let threads: Vec<_> = (0..THREADS)
@@ -189,22 +198,31 @@ fn killed_at_any_moment_nothing_acknowledged_is_lost() {
     let seed = env("GHOSTSWAP_RECOVER_SEED", clock & 0xffff_ffff);
     let arena = create_arena(false).unwrap();
     let ledger = Ledger::new(SIZES.len() * THREADS as usize * RANGE as usize);
-    // 0: lives that came to write; 1: segments cleaned in the present one.
-    let board = Shared::new(2);
+    // 0: lives that came to write; 1: segments cleaned in the present one; 2: the present one.
+    let board = Shared::new(3);
     let mut rng = Rng(seed | 1);
     let (mut cleaned, mut early) = (0, 0);
-    for life in 0..lives {
+    let begin = |life: u64, rng: &mut Rng| {
         let tier = TIERS[rng.below(4) as usize];
         let life_seed = rng.next() >> 33 | 1;
-        let before = board.at(0).load(Ordering::SeqCst);
-        board.at(1).store(0, Ordering::SeqCst);
-        let child = fork(|| match live(&arena, tier, &ledger, &board, life_seed) {
+        fork(|| match live(&arena, tier, &ledger, &board, life_seed, life) {
             Ok(()) => 0,
             Err(e) => {
                 eprintln!("seed {seed}, life {life}, {tier}: {e}");
                 1
             }
-        });
+        })
+    };
+    let mut next = None;
+    for life in 0..lives {
+        let before = board.at(0).load(Ordering::SeqCst);
+        board.at(1).store(0, Ordering::SeqCst);
+        board.at(2).store(life, Ordering::SeqCst);
+        let child = next.take().unwrap_or_else(|| begin(life, &mut rng));
+        // Every second stands by while the one before it writes.
+        if life + 1 < lives && rng.below(2) == 0 {
+            next = Some(begin(life + 1, &mut rng));
+        }
         // Every fourth is killed while it recovers or checks, the rest while they write.
         if rng.below(4) != 0 {
             let late = Instant::now() + Duration::from_secs(30);
@@ -388,6 +406,27 @@ fn an_arena_not_finished_is_begun_anew_and_other_data_is_not_touched() {
     poke(&foreign, 1 << 19, 77);
     assert!(refusal(&foreign, config("ram,limit=16M")).contains("magic"));
     assert_eq!(peek(&foreign, 1 << 19), 77);
+}
+
+#[test]
+fn a_volume_grows_under_an_open_lane_and_stays_so() {
+    let store = Store::open(config("ram,limit=16M")).unwrap();
+    let volume = store.create_volume(1 << 20).unwrap();
+    let mut lane = volume.lane().unwrap();
+    let page = vec![7; PAGE];
+    assert!(matches!(lane.write(1 << 20, &page), Err(Error::OutOfRange { .. })));
+    for bad in [4096, (1 << 20) + 1, MAX_VOLUME_BYTES + 4096] {
+        assert!(matches!(volume.grow(bad), Err(Error::InvalidConfig(_))), "{bad}");
+    }
+    volume.grow(1 << 30).unwrap();
+    lane.write((1 << 30) - PAGE as u64, &page).unwrap();
+    let arena = store.arena_fd().try_clone_to_owned().unwrap();
+    drop((lane, volume, store));
+    let store = Store::open_arena(config("ram,limit=16M"), arena).unwrap();
+    let volume = store.open_volume(0).unwrap();
+    let mut got = vec![0; PAGE];
+    volume.lane().unwrap().read((1 << 30) - PAGE as u64, &mut got).unwrap();
+    assert_eq!((volume.bytes(), got), (1 << 30, page));
 }
 
 #[test]

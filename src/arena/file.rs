@@ -8,7 +8,7 @@
 //!
 //! What is resident: `SEEK_DATA` tells, on a memfd, what was populated and not given back.
 //! hugetlbfs cannot tell; there nothing is ever given back, and the superblock's watermarks do.
-#![allow(unsafe_code, reason = "fcntl, fstatfs, lseek and fallocate on our own descriptor")]
+#![allow(unsafe_code, reason = "fcntl, fstatfs, lseek and fallocate on our own descriptor; mounting")]
 
 use crate::error::{system, Error, Result};
 use std::fs::File;
@@ -22,7 +22,16 @@ pub(super) const START_BYTES: usize = 4096;
 
 /// Makes an empty file for an arena, close-on-exec. Whoever is to outlive the store holds it and
 /// hands a duplicate to [`crate::Store::open_arena`].
+///
+/// Where it may, it makes the file on a tmpfs of its own that never swaps (`noswap`, Linux 6.4,
+/// needs CAP_SYS_ADMIN): its pages stay in memory whoever maps them, and also while nobody does. A
+/// memfd's pages stay only while a process that lives has them locked.
 pub fn create_arena(hugetlb: bool) -> Result<OwnedFd> {
+    if !hugetlb {
+        if let Some(fd) = create_noswap() {
+            return Ok(fd);
+        }
+    }
     let flags = libc::MFD_CLOEXEC | if hugetlb { libc::MFD_HUGETLB } else { 0 };
     // SAFETY: a constant NUL-terminated name and valid flags.
     let fd = unsafe { libc::memfd_create(c"ghostswap".as_ptr(), flags) };
@@ -33,15 +42,49 @@ pub fn create_arena(hugetlb: bool) -> Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// The arena's file, locked against stores of other processes for as long as this lives.
+/// A nameless file on a tmpfs that is mounted nowhere and goes with the file.
+fn create_noswap() -> Option<OwnedFd> {
+    // Linux include/uapi/linux/mount.h.
+    const FSOPEN_CLOEXEC: libc::c_uint = 1;
+    const FSCONFIG_SET_FLAG: libc::c_uint = 0;
+    const FSCONFIG_SET_STRING: libc::c_uint = 1;
+    const FSCONFIG_CMD_CREATE: libc::c_uint = 6;
+    const FSMOUNT_CLOEXEC: libc::c_uint = 1;
+    let null = std::ptr::null::<libc::c_char>();
+    let owned = |fd: libc::c_long| {
+        // SAFETY: a fresh descriptor that nobody else owns.
+        (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd as libc::c_int) })
+    };
+    // SAFETY: a constant NUL-terminated name.
+    let context = owned(unsafe { libc::syscall(libc::SYS_fsopen, c"tmpfs".as_ptr(), FSOPEN_CLOEXEC) })?;
+    let set = |cmd: libc::c_uint, key: *const libc::c_char, value: *const libc::c_char| {
+        // SAFETY: constant NUL-terminated strings or null, as the command wants.
+        unsafe { libc::syscall(libc::SYS_fsconfig, context.as_raw_fd(), cmd, key, value, 0) == 0 }
+    };
+    // The store has a limit of its own.
+    let made = set(FSCONFIG_SET_FLAG, c"noswap".as_ptr(), null)
+        && set(FSCONFIG_SET_STRING, c"size".as_ptr(), c"100%".as_ptr())
+        && set(FSCONFIG_SET_STRING, c"huge".as_ptr(), c"never".as_ptr())
+        && set(FSCONFIG_CMD_CREATE, null, null);
+    if !made {
+        return None;
+    }
+    // SAFETY: a configured context; no attributes.
+    let mount = owned(unsafe { libc::syscall(libc::SYS_fsmount, context.as_raw_fd(), FSMOUNT_CLOEXEC, 0) })?;
+    let flags = libc::O_TMPFILE | libc::O_RDWR | libc::O_CLOEXEC;
+    // SAFETY: a constant NUL-terminated name; the mode is given as O_TMPFILE wants it.
+    owned(unsafe { libc::openat(mount.as_raw_fd(), c".".as_ptr(), flags, 0o600) }.into())
+}
+
+/// The arena's file; once claimed, locked against stores of other processes for as long as it lives.
 pub(crate) struct ArenaFile {
     file: File,
     hugetlb: bool,
 }
 
 impl ArenaFile {
-    pub fn claim(fd: OwnedFd) -> Result<ArenaFile> {
-        lock(&fd)?;
+    /// Not claimed yet: for looking only.
+    pub fn new(fd: OwnedFd) -> Result<ArenaFile> {
         // SAFETY: fstatfs fills the zeroed struct we own.
         let hugetlb = unsafe {
             let mut fs: libc::statfs = std::mem::zeroed();
@@ -51,6 +94,11 @@ impl ArenaFile {
             fs.f_type as u64 & 0xffff_ffff == HUGETLBFS_MAGIC
         };
         Ok(ArenaFile { file: fd.into(), hugetlb })
+    }
+
+    /// Takes the lock that keeps stores of other processes out.
+    pub fn claim(&self) -> Result<()> {
+        lock(&self.file)
     }
 
     pub fn hugetlb(&self) -> bool {
@@ -93,9 +141,15 @@ impl ArenaFile {
 
     /// The first run of resident bytes at or after `from`, cut off at `end`. Not on hugetlbfs.
     pub fn next_data(&self, from: usize, end: usize) -> Result<Option<Range<usize>>> {
-        let Some(start) = self.seek(from, libc::SEEK_DATA)?.filter(|start| *start < end) else { return Ok(None) };
+        let Some(start) = self.next_resident(from, end)? else { return Ok(None) };
         let until = self.seek(start, libc::SEEK_HOLE)?.unwrap_or(end);
         Ok(Some(start..until.min(end)))
+    }
+
+    /// The first resident byte at or after `from`, below `end`. Quick where the run is long: its end
+    /// is not looked for. Not on hugetlbfs.
+    pub fn next_resident(&self, from: usize, end: usize) -> Result<Option<usize>> {
+        Ok(self.seek(from, libc::SEEK_DATA)?.filter(|start| *start < end))
     }
 
     fn seek(&self, from: usize, whence: libc::c_int) -> Result<Option<usize>> {
@@ -121,7 +175,7 @@ impl ArenaFile {
     }
 }
 
-fn lock(fd: &OwnedFd) -> Result<()> {
+fn lock(fd: &File) -> Result<()> {
     // SAFETY: fcntl reads the struct we own, zeroed but for the lock's kind: all of the file.
     let taken = unsafe {
         let mut whole: libc::flock = std::mem::zeroed();

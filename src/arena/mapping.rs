@@ -60,6 +60,10 @@ impl Mapping {
         &self.file
     }
 
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
     pub fn u64_at(&self, offset: usize) -> &AtomicU64 {
         assert!(offset % 8 == 0 && offset + 8 <= self.len, "u64 at {offset} lies in the arena");
         // SAFETY: in bounds and aligned by the assertion; the mapping lives as long as self.

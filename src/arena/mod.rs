@@ -19,22 +19,26 @@ mod file;
 mod mapping;
 mod resident;
 mod scan;
+mod spare;
 mod stack;
+mod standby;
 mod superblock;
 
 pub use file::create_arena;
 pub(crate) use mapping::host_memory;
 pub(crate) use resident::Resident;
 pub(crate) use scan::Residency;
+pub use spare::Spare;
+pub(crate) use standby::Waiting;
+pub use superblock::VERSION as ARENA_VERSION;
 
 use crate::config::Checked;
 use crate::error::{Error, Result};
 use crate::page::{FrameNo, MetaNo, SegmentId, VolumeId, CLUSTER_PAGES, PAGE_BYTES};
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
-use file::ArenaFile;
 use mapping::Mapping;
 use stack::IndexStack;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 use superblock::{Geometry, Layout, Superblock};
 
 /// Entries of a volume's top node.
@@ -65,12 +69,13 @@ impl Arena {
     /// Opens the arena in a file, an empty one being made an arena by the configuration. True: it
     /// was there already, and nothing in it is free until recovery has walked it. The
     /// configuration is fitted to what it finds.
-    pub fn open(c: &mut Checked, fd: OwnedFd) -> Result<(Arena, bool)> {
-        let file = ArenaFile::claim(fd)?;
+    pub fn open(c: &mut Checked, waiting: Waiting) -> Result<(Arena, bool)> {
+        let map = waiting.claim()?;
+        let file = map.file();
         if c.hugetlb && !file.hugetlb() {
             return Err(Error::BadArena("it is not made of huge pages, which were asked for".into()));
         }
-        let found = Geometry::found(&file)?;
+        let found = Geometry::found(file)?;
         let geometry = match found {
             Some(g) => {
                 c.fit(g.segment_bytes, u64::from(g.max_frames) * g.segment_bytes as u64)?;
@@ -82,7 +87,7 @@ impl Arena {
         if found.is_none() {
             file.resize(at.end)?;
         }
-        let map = Mapping::new(file, at.end)?;
+        let map = map.of_len(at.end)?;
         map.populate(0, PAGE_BYTES)?;
         if found.is_none() {
             Superblock(&map).initialise(&geometry);
@@ -126,6 +131,11 @@ impl Arena {
         crash_point!("volume: root populated, size not stored");
         Superblock(&self.map).volume_bytes(v).store(bytes, Ordering::Release);
         Ok(())
+    }
+
+    /// Size of a volume that there is, and where it is kept.
+    pub fn volume_bytes(&self, v: VolumeId) -> &AtomicU64 {
+        Superblock(&self.map).volume_bytes(v)
     }
 
     pub fn populate_root(&self, v: VolumeId) -> Result<()> {
@@ -248,9 +258,12 @@ impl Arena {
         self.frames.push(f.0);
     }
 
-    /// Makes a frame resident and free. Growth thread only; may wait for memory.
-    pub fn grow_frame(&self, f: FrameNo, first_time: bool) -> Result<()> {
-        self.populate_frame(f)?;
+    /// Makes a frame resident and free. Growth thread only. `may` is asked for the bytes of each
+    /// step; where it says no the frame stays as it is, to be gone on with, and this is false.
+    pub fn grow_frame(&self, f: FrameNo, first_time: bool, may: impl FnMut(usize) -> bool) -> Result<bool> {
+        if !self.populate_frame(f, may)? {
+            return Ok(false);
+        }
         crash_point!("grow frame: resident, not counted");
         if first_time {
             self.map.populate(self.at.table_at + f.0 as usize * SEGMENT_ENTRY_BYTES, SEGMENT_ENTRY_BYTES)?;
@@ -259,16 +272,19 @@ impl Arena {
             self.ids.push(f.0);
         }
         self.frames.push(f.0);
-        Ok(())
+        Ok(true)
     }
 
-    fn populate_frame(&self, f: FrameNo) -> Result<()> {
+    fn populate_frame(&self, f: FrameNo, mut may: impl FnMut(usize) -> bool) -> Result<bool> {
         let at = self.frame_at(f);
         for done in (0..self.segment_bytes()).step_by(POPULATE_STEP) {
             crash_point!("grow frame: partly resident");
+            if !may(POPULATE_STEP) {
+                return Ok(false);
+            }
             self.map.populate(at + done, POPULATE_STEP.min(self.segment_bytes()))?;
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Gives a free frame's memory back to the host. Growth thread only.
@@ -312,7 +328,7 @@ mod models {
     #[test]
     fn a_metadata_page_has_one_holder() {
         model(Some(3), || {
-            let arena = Arc::new(Arena::simulated(64, 1, 3));
+            let arena = Arc::new(Arena::simulated(64, 1, 3, 4096));
             let held: Arc<[AtomicBool; 4]> = Arc::default();
             let threads: Vec<_> = (0..2)
                 .map(|_| {

@@ -16,7 +16,7 @@ use std::ops::Range;
 use std::sync::atomic::Ordering;
 
 /// Address space behind one page table.
-const PAGE_TABLE_BYTES: usize = 2 << 20;
+pub(super) const PAGE_TABLE_BYTES: usize = 2 << 20;
 /// Bytes locked between two looks at the reserve.
 const ADOPT_SLICE: usize = 32 << 20;
 
@@ -129,7 +129,7 @@ impl Arena {
 
     /// Makes what is missing of a frame resident.
     pub fn mend_frame(&self, f: FrameNo) -> Result<()> {
-        self.populate_frame(f)
+        self.populate_frame(f, |_| true).map(|_| ())
     }
 
     /// Gives what there is of an unused frame back to the host.

@@ -12,7 +12,7 @@ use super::file::ArenaFile;
 use super::superblock::{Geometry, Superblock};
 use super::{Arena, IndexStack};
 use crate::error::Result;
-use crate::page::{FrameNo, MetaNo, SegmentId, VolumeId, MAX_VOLUME_BYTES, PAGE_BYTES};
+use crate::page::{FrameNo, MetaNo, SegmentId, VolumeId, PAGE_BYTES};
 use crate::sync::{AtomicU32, AtomicU64};
 use loom::cell::UnsafeCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -31,13 +31,18 @@ struct Memory {
 
 /// A sparse simulated mapping.
 pub(crate) struct Mapping {
+    len: usize,
     // Never contended: loom switches threads at its own operations only, none of which is within.
     memory: Mutex<Memory>,
 }
 
 impl Mapping {
-    pub fn new(_: ArenaFile, _: usize) -> Result<Mapping> {
-        Ok(Mapping { memory: Mutex::default() })
+    pub fn new(_: ArenaFile, len: usize) -> Result<Mapping> {
+        Ok(Mapping { len, memory: Mutex::default() })
+    }
+
+    pub fn len(&self) -> usize {
+        self.len
     }
 
     pub fn file(&self) -> &ArenaFile {
@@ -118,9 +123,9 @@ pub(crate) fn host_memory() -> Result<(u64, u64)> {
 impl Arena {
     /// An arena with a volume, and with all of its metadata pages and frames grown and free.
     /// `segment_bytes` divides a page.
-    pub(crate) fn simulated(segment_bytes: usize, max_frames: u32, max_meta: u32) -> Arena {
+    pub(crate) fn simulated(segment_bytes: usize, max_frames: u32, max_meta: u32, volume_bytes: u64) -> Arena {
         let geometry = Geometry { segment_bytes, max_frames, max_meta, unit: PAGE_BYTES };
-        let map = Mapping { memory: Mutex::default() };
+        let map = Mapping { len: geometry.layout().end, memory: Mutex::default() };
         map.populate(0, PAGE_BYTES).expect("simulated memory is there");
         Superblock(&map).initialise(&geometry);
         let arena = Arena {
@@ -133,8 +138,8 @@ impl Arena {
             ids: IndexStack::new(max_frames as usize),
         };
         arena.grow_meta(MetaNo(1), max_meta).expect("simulated memory is there");
-        (0..max_frames).rev().for_each(|f| arena.grow_frame(FrameNo(f), true).expect("simulated memory is there"));
-        arena.create_volume(VolumeId(0), MAX_VOLUME_BYTES).expect("simulated memory is there");
+        (0..max_frames).rev().for_each(|f| assert!(matches!(arena.grow_frame(FrameNo(f), true, |_| true), Ok(true))));
+        arena.create_volume(VolumeId(0), volume_bytes).expect("simulated memory is there");
         // Loom wants its atomics made before the threads that share them.
         arena.root(VolumeId(0));
         for m in 1..=max_meta {

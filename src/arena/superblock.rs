@@ -19,8 +19,8 @@ use crate::sync::{AtomicU64, Ordering};
 
 /// First 8 bytes of an arena.
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"GHOSTSWP");
-/// Layout version; an arena of another one is refused.
-pub(crate) const VERSION: u64 = 2;
+/// Version of an arena's layout; one of another is refused.
+pub const VERSION: u64 = 2;
 
 const SUPERBLOCK_BYTES: usize = 64 << 10;
 const GROUP_AT: usize = 40;
@@ -175,7 +175,7 @@ mod tests {
     #[test]
     fn bytes_are_as_docs_format_says() {
         let geometry = Geometry { segment_bytes: 64 << 10, max_frames: 64, max_meta: 1024, unit: 4096 };
-        let file = ArenaFile::claim(super::super::create_arena(false).unwrap()).unwrap();
+        let file = ArenaFile::new(super::super::create_arena(false).unwrap()).unwrap();
         assert_eq!(Geometry::found(&file).unwrap(), None);
         file.resize(geometry.layout().end).unwrap();
         assert_eq!(Geometry::found(&file).unwrap(), None, "sparse: still empty");

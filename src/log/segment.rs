@@ -206,7 +206,7 @@ mod models {
     /// once, and whoever finds it so knows of all that was done to it.
     fn retired_once(cleaned: bool) {
         model(None, move || {
-            let arena = Arc::new(Arena::simulated(32, 2, 1));
+            let arena = Arc::new(Arena::simulated(32, 2, 1, 4096));
             let segments = Arc::new(Segments::new(2));
             let open = segments.open(&arena, 0).expect("a frame is free");
             let s = open.segment;

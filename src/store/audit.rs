@@ -46,7 +46,7 @@ fn maps(s: &Shared, resident: &Resident, wrong: &mut String) -> std::result::Res
     let mut live = vec![0u64; s.arena.max_frames() as usize];
     let mut pages = Pages::default();
     let mut reached = Reached::new(&s.arena, false);
-    let volumes = s.volumes.lock().unwrap_or_else(PoisonError::into_inner).len();
+    let volumes = *s.volumes.lock().unwrap_or_else(PoisonError::into_inner);
     let claimed_nodes = s.map.nodes.load(Ordering::Relaxed);
     // The walk changes nothing here: no discard is under way, so nothing is frozen.
     for v in 0..volumes {

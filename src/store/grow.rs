@@ -1,9 +1,10 @@
-//! Growth: the one thread that asks the host for memory and gives it back. It may wait for memory
-//! as long as it likes: nothing waits for it but parked writes. It keeps a reserve of frames and
-//! metadata pages ready, so that lanes find what they need without asking.
+//! Growth: the one thread that asks the host for memory and gives it back. It keeps a reserve of
+//! frames and metadata pages ready, so that lanes find what they need without asking. It may wait
+//! for memory as long as it likes, since nothing waits for it but parked writes; but it waits here,
+//! where a signal ends it, and never in the kernel's allocator (`arena/spare.rs`).
 
 use super::Shared;
-use crate::arena::{host_memory, Resident};
+use crate::arena::{host_memory, Resident, Spare};
 use crate::error::Result;
 use crate::log::policy::{reserve_frames, surplus_frames, Demand};
 use crate::page::{FrameNo, MetaNo, PAGE_BYTES};
@@ -19,6 +20,10 @@ const META_STEP: u32 = 16;
 /// Sleep, not yield, while a lane is on its way: growth may have a priority that yields to no lane.
 const GRACE_NAP: Duration = Duration::from_micros(100);
 const NAP: Duration = Duration::from_millis(100);
+/// How soon to look again whether the host has memory to spare.
+const SPARE_NAP: Duration = Duration::from_millis(1);
+/// To be spare beyond a step: what others may take between the look and the step.
+const SPARE_MARGIN: u64 = 192 << 10;
 /// Surplus must last this long before memory is given back.
 const PATIENCE: Duration = Duration::from_millis(500);
 
@@ -43,6 +48,7 @@ pub(super) struct Growth {
     taken_then: u64,
     per_second: u64,
     surplus_since: Option<Instant>,
+    spare: Spare,
     /// Up to where the memory of an arena that was found is locked; None: all of it is.
     adopted_to: Option<usize>,
 }
@@ -57,6 +63,7 @@ impl Growth {
             taken_then: 0,
             per_second: 0,
             surplus_since: None,
+            spare: Spare::new(),
             adopted_to: found.then_some(0),
             shared,
         }
@@ -104,7 +111,10 @@ impl Growth {
         while s.arena.frames_ready() < reserve && growable_frames(&s) > 0 && !s.stop.load(Ordering::Relaxed) {
             let Some(f) = self.frames.lowest_absent() else { break };
             let first_time = f >= known_segments(&s);
-            s.arena.grow_frame(FrameNo(f), first_time)?;
+            let spare = &mut self.spare;
+            if !s.arena.grow_frame(FrameNo(f), first_time, |bytes| wait_for_spare(spare, &s, bytes))? {
+                break;
+            }
             self.frames.set(f);
             s.held_frames.fetch_add(1, Ordering::Relaxed);
             if first_time {
@@ -136,6 +146,9 @@ impl Growth {
             let Some(first) = self.meta.lowest_absent() else { return Ok(()) };
             let count =
                 (first..first + META_STEP).take_while(|&n| n < s.arena.max_meta() && !self.meta.has(n)).count() as u32;
+            if !wait_for_spare(&mut self.spare, s, step_bytes as usize) {
+                return Ok(());
+            }
             s.arena.grow_meta(MetaNo(first + 1), count)?;
             (first..first + count).for_each(|n| self.meta.set(n));
             s.held_meta.fetch_add(count, Ordering::Relaxed);
@@ -186,4 +199,15 @@ impl Growth {
             s.held_meta.fetch_sub(1, Ordering::Relaxed);
         }
     }
+}
+
+/// Waits until the host can give `bytes` at once. False: the store is closing.
+fn wait_for_spare(spare: &mut Spare, s: &Shared, bytes: usize) -> bool {
+    while spare.bytes() < bytes as u64 + SPARE_MARGIN {
+        if s.stop.load(Ordering::Relaxed) {
+            return false;
+        }
+        std::thread::park_timeout(SPARE_NAP);
+    }
+    true
 }

@@ -23,7 +23,6 @@ const PATIENCE: Duration = Duration::from_secs(2);
 pub struct Lane {
     store: Store,
     volume: VolumeId,
-    bytes: u64,
     index: usize,
     appender: Appender,
     /// The last group decoded, and the record it came from; valid within one epoch.
@@ -32,12 +31,12 @@ pub struct Lane {
 }
 
 impl Lane {
-    pub(crate) fn open(store: Store, volume: VolumeId, bytes: u64) -> Result<Lane> {
+    pub(crate) fn open(store: Store, volume: VolumeId) -> Result<Lane> {
         let index = store.take_lane()?;
         let s = store.shared();
         let appender = Appender::new(s, KEEP_FOR_CLEANER);
         let group = vec![0xa5; if s.config.group_pages_seen > 1 { s.config.group_pages_seen * PAGE_BYTES } else { 0 }];
-        Ok(Lane { volume, bytes, index, appender, group: group.into(), group_of: None, store })
+        Ok(Lane { volume, index, appender, group: group.into(), group_of: None, store })
     }
 
     /// Reads a range; what was never written reads as zeros.
@@ -170,8 +169,9 @@ impl Lane {
     // --- within ---------------------------------------------------------------------------------
 
     fn check(&self, offset: u64, len: u64) -> Result<()> {
-        if offset.checked_add(len).is_none_or(|end| end > self.bytes) {
-            return Err(Error::OutOfRange { offset, len, volume_bytes: self.bytes });
+        let volume_bytes = self.store.volume_bytes(self.volume);
+        if offset.checked_add(len).is_none_or(|end| end > volume_bytes) {
+            return Err(Error::OutOfRange { offset, len, volume_bytes });
         }
         if offset % SECTOR_BYTES != 0 || len % SECTOR_BYTES != 0 {
             return Err(Error::Unaligned { offset, len });

@@ -19,16 +19,18 @@ mod lane;
 #[cfg(all(test, loom))]
 mod models;
 mod recover;
+mod standby;
 #[cfg(feature = "crash-points")]
 mod steps;
 
 pub use lane::Lane;
+pub use standby::Standby;
 #[cfg(feature = "crash-points")]
 pub use steps::Steps;
 
-use crate::arena::{create_arena, host_memory, Arena};
+use crate::arena::{create_arena, Arena, Waiting};
 use crate::config::{Checked, StoreConfig};
-use crate::error::{system, Error, Result};
+use crate::error::{Error, Result};
 use crate::log::epoch::Epochs;
 use crate::log::segment::Segments;
 use crate::map::{Kind, Map, Slot};
@@ -77,13 +79,14 @@ pub(crate) struct Shared {
     growth: OnceLock<Thread>,
     cleaner: OnceLock<Thread>,
     lanes: Mutex<Vec<bool>>,
-    volumes: Mutex<Vec<u64>>,
+    /// How many there are.
+    volumes: Mutex<usize>,
     /// Held by growth and by the cleaner while they do anything.
     pub quiet: [Mutex<()>; 2],
 }
 
 impl Shared {
-    fn new(config: Checked, arena: Arena, map: Map, segments: Segments, found: &mut Found) -> Shared {
+    fn new(config: Checked, arena: Arena, map: Map, segments: Segments, found: &Found) -> Shared {
         let counters: Box<[Counters]> = (0..=config.max_lanes).map(|_| Counters::default()).collect();
         let before = &counters[config.max_lanes];
         bump(&before.stored_pages, found.pages.stored);
@@ -105,7 +108,7 @@ impl Shared {
             growth: OnceLock::new(),
             cleaner: OnceLock::new(),
             lanes: Mutex::new(vec![false; config.max_lanes]),
-            volumes: Mutex::new(std::mem::take(&mut found.volumes)),
+            volumes: Mutex::new(found.volumes),
             quiet: [Mutex::new(()), Mutex::new(())],
             arena,
             config,
@@ -207,20 +210,7 @@ impl Store {
     /// No more memory is asked for here than the walk over an arena found needs. Growth, and the
     /// locking of what the arena holds, go on behind it in the growth thread.
     pub fn open_arena(config: StoreConfig, arena: OwnedFd) -> Result<Store> {
-        let (shared, mut growth, fresh) = build(config, arena)?;
-        if fresh {
-            // The first reserve is there before the first request. An arena that was found has what
-            // is left of its own, and its pages may be waited for: growth must not delay them.
-            growth.step()?;
-        }
-        let mut threads = Vec::new();
-        threads.push(start(&shared, "growth", move || growth.run())?);
-        let mut cleaner = clean::Cleaner::new(shared.clone());
-        threads.push(start(&shared, "cleaner", move || cleaner.run())?);
-        // Set once, here.
-        let _ = shared.growth.set(threads[0].thread().clone());
-        let _ = shared.cleaner.set(threads[1].thread().clone());
-        Ok(Store { owner: Arc::new(Owner { shared, threads }) })
+        Standby::new(config, arena)?.open()
     }
 
     /// The arena's file: what a supervisor holds so that the pages outlive this process.
@@ -230,32 +220,47 @@ impl Store {
 
     /// Makes a new, empty volume of `bytes`, which must be a multiple of 4096 up to 16 TiB.
     pub fn create_volume(&self, bytes: u64) -> Result<Volume> {
-        if bytes == 0 || bytes % PAGE_BYTES as u64 != 0 || bytes > crate::MAX_VOLUME_BYTES {
-            return Err(Error::InvalidConfig(format!(
-                "a volume of {bytes} bytes: the size must be a multiple of 4096, above 0 and up to 16T"
-            )));
-        }
+        check_volume_bytes(bytes)?;
         let mut volumes = self.shared().volumes.lock().unwrap_or_else(PoisonError::into_inner);
-        if volumes.len() == MAX_VOLUMES {
+        if *volumes == MAX_VOLUMES {
             return Err(Error::TooMany { what: "volumes", max: MAX_VOLUMES });
         }
-        let id = VolumeId(volumes.len() as u8);
+        let id = VolumeId(*volumes as u8);
         self.shared().arena.create_volume(id, bytes)?;
-        volumes.push(bytes);
-        Ok(Volume::new(self.clone(), id, bytes))
+        *volumes += 1;
+        Ok(Volume::new(self.clone(), id))
+    }
+
+    pub(crate) fn volume_bytes(&self, id: VolumeId) -> u64 {
+        self.shared().arena.volume_bytes(id).load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn grow_volume(&self, id: VolumeId, bytes: u64) -> Result<()> {
+        check_volume_bytes(bytes)?;
+        let _one_at_a_time = self.shared().volumes.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = self.volume_bytes(id);
+        if bytes < now {
+            return Err(Error::InvalidConfig(format!("a volume cannot shrink: it has {now} bytes, not {bytes}")));
+        }
+        self.shared().arena.volume_bytes(id).store(bytes, Ordering::Release);
+        Ok(())
+    }
+
+    fn volume_count(&self) -> usize {
+        *self.shared().volumes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// All volumes, by number.
     pub fn volumes(&self) -> Vec<Volume> {
-        let sizes = self.shared().volumes.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        sizes.iter().enumerate().map(|(i, bytes)| Volume::new(self.clone(), VolumeId(i as u8), *bytes)).collect()
+        (0..self.volume_count()).map(|i| Volume::new(self.clone(), VolumeId(i as u8))).collect()
     }
 
     /// The volume with this number, made now or by an earlier store on the same arena.
     pub fn open_volume(&self, volume: u8) -> Result<Volume> {
-        let sizes = self.shared().volumes.lock().unwrap_or_else(PoisonError::into_inner);
-        let bytes = *sizes.get(volume as usize).ok_or(Error::NoVolume { volume })?;
-        Ok(Volume::new(self.clone(), VolumeId(volume), bytes))
+        if usize::from(volume) >= self.volume_count() {
+            return Err(Error::NoVolume { volume });
+        }
+        Ok(Volume::new(self.clone(), VolumeId(volume)))
     }
 
     /// What is stored, what it costs.
@@ -267,10 +272,10 @@ impl Store {
         let sum_u = |f: fn(&Counters) -> &AtomicU64| s.counters.iter().map(|c| f(c).load(Ordering::Relaxed)).sum();
         let known = grow::known_segments(s);
         let live_bytes = (0..known).map(|i| u64::from(s.segments.live(&s.arena, crate::page::SegmentId(i)))).sum();
-        let volumes = s.volumes.lock().unwrap_or_else(PoisonError::into_inner);
+        let volumes = self.volume_count();
         Stats {
-            volumes: volumes.len() as u64,
-            virtual_bytes: volumes.iter().sum(),
+            volumes: volumes as u64,
+            virtual_bytes: (0..volumes).map(|v| self.volume_bytes(VolumeId(v as u8))).sum(),
             stored_pages: sum(|c| &c.stored_pages),
             filled_pages: sum(|c| &c.filled_pages),
             zero_pages: sum(|c| &c.zero_pages),
@@ -307,30 +312,26 @@ impl Store {
     }
 }
 
-/// Everything but the threads. True: the arena was empty.
-fn build(config: StoreConfig, arena: OwnedFd) -> Result<(Arc<Shared>, grow::Growth, bool)> {
-    let begun = Instant::now();
-    let (ram_bytes, _) = host_memory()?;
-    let mut config = config.validate(ram_bytes)?;
-    let (arena, found) = Arena::open(&mut config, arena)?;
-    let (map, segments) = (Map::new(), Segments::new(arena.max_frames()));
-    let mut what = if found { recover::recover(&arena, &segments, &map)? } else { Found::nothing(&arena) };
-    if found {
-        let (count, volumes) = (what.pages.stored + what.pages.filled + what.pages.zero, what.volumes.len());
-        tracing::info!("took up an arena: {volumes} volumes, {count} pages, in {:?}", begun.elapsed());
+fn check_volume_bytes(bytes: u64) -> Result<()> {
+    if bytes == 0 || bytes % PAGE_BYTES as u64 != 0 || bytes > crate::MAX_VOLUME_BYTES {
+        return Err(Error::InvalidConfig(format!(
+            "a volume of {bytes} bytes: the size must be a multiple of 4096, above 0 and up to 16T"
+        )));
     }
-    let shared = Arc::new(Shared::new(config, arena, map, segments, &mut what));
-    let growth = grow::Growth::new(shared.clone(), what.frames, what.meta, found);
-    Ok((shared, growth, !found))
+    Ok(())
 }
 
-fn start(shared: &Arc<Shared>, name: &'static str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
-    let hook = shared.config.thread_start;
-    let thread = std::thread::Builder::new().name(format!("ghost-{name}")).stack_size(256 << 10).spawn(move || {
-        if let Some(hook) = hook {
-            hook(name);
-        }
-        body();
-    });
-    thread.map_err(|_| system("starting a background thread"))
+/// Everything but the threads. True: the arena was empty.
+fn build(mut config: Checked, waiting: Waiting) -> Result<(Arc<Shared>, grow::Growth, bool)> {
+    let begun = Instant::now();
+    let (arena, found) = Arena::open(&mut config, waiting)?;
+    let (map, segments) = (Map::new(), Segments::new(arena.max_frames()));
+    let what = if found { recover::recover(&arena, &segments, &map)? } else { Found::nothing(&arena) };
+    if found {
+        let (count, volumes) = (what.pages.stored + what.pages.filled + what.pages.zero, what.volumes);
+        tracing::info!("took up an arena: {volumes} volumes, {count} pages, in {:?}", begun.elapsed());
+    }
+    let shared = Arc::new(Shared::new(config, arena, map, segments, &what));
+    let growth = grow::Growth::new(shared.clone(), what.frames, what.meta, found);
+    Ok((shared, growth, !found))
 }

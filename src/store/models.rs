@@ -47,20 +47,14 @@ fn store() -> Store {
         group_pages_seen: 1,
         codecs_seen: CodecChoice::Lz4.bit(),
     };
-    let mut found = Found {
-        frames: all(FRAMES),
-        meta: all(META),
-        known: FRAMES,
-        pages: Pages::default(),
-        volumes: vec![PAGES * PAGE],
-    };
-    let arena = Arena::simulated(config.segment_bytes as usize, FRAMES, META);
-    let shared = Arc::new(Shared::new(config, arena, Map::new(), Segments::new(FRAMES), &mut found));
+    let found = Found { frames: all(FRAMES), meta: all(META), known: FRAMES, pages: Pages::default(), volumes: 1 };
+    let arena = Arena::simulated(config.segment_bytes as usize, FRAMES, META, PAGES * PAGE);
+    let shared = Arc::new(Shared::new(config, arena, Map::new(), Segments::new(FRAMES), &found));
     Store { owner: Arc::new(Owner { shared, threads: Vec::new() }) }
 }
 
 fn lane(store: &Store) -> Lane {
-    Lane::open(store.clone(), VolumeId(0), PAGES * PAGE).expect("a lane is free")
+    Lane::open(store.clone(), VolumeId(0)).expect("a lane is free")
 }
 
 /// Content number `n` of a page; 0 is nothing.

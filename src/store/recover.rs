@@ -52,7 +52,7 @@ pub(super) struct Found {
     /// Segments whose table entries are in use.
     pub known: u32,
     pub pages: Pages,
-    pub volumes: Vec<u64>,
+    pub volumes: usize,
 }
 
 impl Found {
@@ -63,7 +63,7 @@ impl Found {
             meta: Resident::new(arena.max_meta()),
             known: 0,
             pages: Pages::default(),
-            volumes: Vec::with_capacity(crate::page::MAX_VOLUMES),
+            volumes: 0,
         }
     }
 }
@@ -105,7 +105,7 @@ pub(super) fn recover(arena: &Arena, segments: &Segments, map: &Map) -> Result<F
         arena.drop_torn_frame(FrameNo(f));
     }
     there.meta.descending().filter(|m| !reached.pages.has(*m)).for_each(|m| arena.adopt_meta(MetaNo(m + 1)));
-    Ok(Found { frames: there.frames, meta: there.meta, known, pages, volumes })
+    Ok(Found { frames: there.frames, meta: there.meta, known, pages, volumes: volumes.len() })
 }
 
 /// A frame in use is resident as a whole. Should a part be gone (somebody else punched the file),

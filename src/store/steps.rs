@@ -2,6 +2,7 @@
 //! that a history runs the same way every time.
 
 use super::{build, clean::Cleaner, grow::Growth, Owner, Store};
+use crate::arena::{host_memory, Waiting};
 use crate::config::StoreConfig;
 use crate::error::Result;
 use std::os::fd::OwnedFd;
@@ -16,7 +17,8 @@ pub struct Steps {
 impl Steps {
     /// As [`Store::open_arena`], but nothing happens in the background.
     pub fn open(config: StoreConfig, arena: OwnedFd) -> Result<(Store, Steps)> {
-        let (shared, growth, _) = build(config, arena)?;
+        let config = config.validate(host_memory()?.0)?;
+        let (shared, growth, _) = build(config, Waiting::new(arena)?)?;
         let cleaner = Cleaner::new(shared.clone());
         Ok((Store { owner: Arc::new(Owner { shared, threads: Vec::new() }) }, Steps { growth, cleaner }))
     }

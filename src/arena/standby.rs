@@ -1,0 +1,90 @@
+//! An arena that waits to be opened: mapped beforehand, so that a take-over asks for no memory.
+//!
+//! Whoever stands by maps the file that another process's store is using, reads nothing of it and
+//! holds no lock on it. Page tables are the largest thing that opening it would need, two for each
+//! GiB in a thousand; [`Waiting::keep_up`] makes them as the other store grows, by taking over one
+//! page of each. A page table stays when the other store gives its pages back.
+
+use super::file::ArenaFile;
+use super::mapping::Mapping;
+use super::scan::PAGE_TABLE_BYTES;
+use super::superblock::Geometry;
+use super::Spare;
+use crate::error::Result;
+use std::os::fd::OwnedFd;
+
+/// What a page table and the page in it may take.
+const TABLE_COST: u64 = 64 << 10;
+
+/// An arena's file, mapped if it is an arena already, not claimed.
+pub(crate) struct Waiting {
+    map: MaybeMapped,
+    /// Page tables that are there, by their number in the mapping.
+    tables: Vec<bool>,
+}
+
+/// A file with or without its mapping.
+pub(crate) enum MaybeMapped {
+    Mapped(Mapping),
+    File(ArenaFile),
+}
+
+impl MaybeMapped {
+    pub fn file(&self) -> &ArenaFile {
+        match self {
+            MaybeMapped::Mapped(map) => map.file(),
+            MaybeMapped::File(file) => file,
+        }
+    }
+
+    /// The mapping of all `len` bytes, made now if need be.
+    pub fn of_len(self, len: usize) -> Result<Mapping> {
+        match self {
+            MaybeMapped::Mapped(map) => {
+                assert_eq!(map.len(), len, "an arena keeps its size");
+                Ok(map)
+            }
+            MaybeMapped::File(file) => Mapping::new(file, len),
+        }
+    }
+}
+
+impl Waiting {
+    pub fn new(fd: OwnedFd) -> Result<Waiting> {
+        let file = ArenaFile::new(fd)?;
+        // What is wrong with an arena is said when it is opened.
+        let end = match Geometry::found(&file) {
+            Ok(Some(geometry)) if !file.hugetlb() => geometry.layout().end,
+            _ => return Ok(Waiting { map: MaybeMapped::File(file), tables: Vec::new() }),
+        };
+        let map = MaybeMapped::Mapped(Mapping::new(file, end)?);
+        Ok(Waiting { map, tables: vec![false; end.div_ceil(PAGE_TABLE_BYTES)] })
+    }
+
+    /// Makes page tables for what has become resident. Stops where the host has no memory to give
+    /// at once, to go on the next time.
+    pub fn keep_up(&mut self, spare: &mut Spare) -> Result<()> {
+        let MaybeMapped::Mapped(map) = &self.map else { return Ok(()) };
+        let mut table = 0;
+        while let Some(missing) = self.tables[table..].iter().position(|there| !there) {
+            table += missing;
+            let Some(at) = map.file().next_resident(table * PAGE_TABLE_BYTES, map.len())? else { break };
+            table = at / PAGE_TABLE_BYTES;
+            if self.tables[table] {
+                continue;
+            }
+            if spare.bytes() < TABLE_COST {
+                break;
+            }
+            map.adopt(at, 1)?;
+            self.tables[table] = true;
+        }
+        Ok(())
+    }
+
+    /// Makes the arena this process's own, or says that another has it.
+    pub fn claim(self) -> Result<MaybeMapped> {
+        self.map.file().claim()?;
+        Ok(self.map)
+    }
+}
