@@ -13,6 +13,8 @@ use serde::Serialize;
 use std::hint::black_box;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Wrong pages told one by one, for each thread; the rest are only counted.
@@ -29,7 +31,7 @@ struct Args {
     /// Threads; each owns every n-th page
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: u16,
-    /// Touch pages for this long [default: 10]
+    /// Touch pages for this long, or until SIGUSR1 comes [default: 10]
     #[arg(long)]
     seconds: Option<u64>,
     /// Touch this many pages (0: only fill)
@@ -109,6 +111,9 @@ fn run(args: &Args) -> Result<u64> {
         Area::map(args.mib as usize * PAGES_PER_MIB, huge).with_context(|| format!("cannot map {} MiB", args.mib))?;
     area.report_lost_pages().context("cannot catch SIGBUS")?;
 
+    let enough = Arc::new(AtomicBool::new(false));
+    signal_hook::flag::register(signal_hook::consts::SIGUSR1, enough.clone()).context("cannot take SIGUSR1")?;
+
     let began = Instant::now();
     let mut workers: Vec<Worker> = (0u64..)
         .zip(area.split(args.threads.into()))
@@ -126,7 +131,7 @@ fn run(args: &Args) -> Result<u64> {
     let threads = u64::from(args.threads);
     on_threads(&mut workers, |number, worker| match length {
         Length::Touches(all) => worker.touch_times(all / threads + u64::from(number < all % threads)),
-        Length::Until(time) => worker.touch_until(began + time),
+        Length::Until(time) => worker.touch_until(began + time, &enough),
     })?;
     let seconds = began.elapsed().as_secs_f64();
     if args.check_all {
@@ -202,8 +207,8 @@ impl<'a> Worker<'a> {
         }
     }
 
-    fn touch_until(&mut self, end: Instant) {
-        while self.share.pages() > 0 && Instant::now() < end {
+    fn touch_until(&mut self, end: Instant, enough: &AtomicBool) {
+        while self.share.pages() > 0 && Instant::now() < end && !enough.load(Ordering::Relaxed) {
             self.touch_one();
         }
     }
