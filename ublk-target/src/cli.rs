@@ -3,13 +3,20 @@
 use clap::{Args, Parser, Subcommand};
 use ghostswap::config::{parse_size, TierConfig};
 use ghostswap::MAX_VOLUME_BYTES;
+use std::path::PathBuf;
 
 /// The tier taken when none is given.
 pub const DEFAULT_TIER: &str = "ram,limit=50%,codec=lz4";
 
+/// The version; whoever builds a variant names it by `GHOSTSWAP_VERSION`.
+pub const VERSION: &str = match option_env!("GHOSTSWAP_VERSION") {
+    Some(named) => named,
+    None => env!("CARGO_PKG_VERSION"),
+};
+
 /// A compressed, sparse store as a swap device.
 #[derive(Parser)]
-#[command(name = "ghostswap-ublk", version, about)]
+#[command(name = "ghostswap-ublk", version = VERSION, about)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -27,6 +34,15 @@ pub enum Command {
     Status(Status),
     /// Stop and remove a device
     Del(Del),
+    /// Swap a device off and remove it, unless what is swapped out would not fit into memory
+    Stop(Stop),
+    /// Make a live device larger
+    Resize(Resize),
+    /// Replace the running daemon of a device by this program, while the device is in use
+    Upgrade(Upgrade),
+    /// Print which formats this program hands over and takes over, as JSON
+    #[command(hide = true)]
+    Formats,
     /// Check whether this machine is fit to swap to a device
     Doctor(Doctor),
 }
@@ -49,12 +65,22 @@ pub struct Add {
     /// Where pages are kept, hottest first, as in ram,limit=4G,codec=lz4 [default: ram,limit=50%,codec=lz4]
     #[arg(long = "tier", value_name = "SPEC", value_parser = tier)]
     pub tiers: Vec<TierConfig>,
+    /// Seconds without a sign of life after which a worker is killed and replaced (0: never)
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u16).range(0..=3600))]
+    pub watchdog: u16,
+    /// Seconds of refused writes after which the kernel's OOM killer is called to make room in a full
+    /// store (0: never, and the machine may stand still)
+    #[arg(long, value_name = "SECONDS", default_value_t = 3, value_parser = clap::value_parser!(u16).range(0..=3600))]
+    pub oom_after: u16,
     /// Stay in the foreground and log to stderr
     #[arg(long)]
     pub foreground: bool,
     /// Make the device a swap area and turn it on
     #[arg(long)]
     pub swapon: bool,
+    /// If the device is served already, replace its daemon by this program instead
+    #[arg(long, requires = "id")]
+    pub or_upgrade: bool,
 }
 
 /// `status`.
@@ -75,6 +101,36 @@ pub struct Del {
     /// Remove it even while it is in use as swap: whatever is swapped out there is lost
     #[arg(long)]
     pub force: bool,
+}
+
+/// `stop`.
+#[derive(Args)]
+pub struct Stop {
+    /// Number of the device
+    pub id: u32,
+    /// Do nothing unless systemd is stopping this unit for good
+    #[arg(long)]
+    pub unit: Option<String>,
+}
+
+/// `resize`.
+#[derive(Args)]
+pub struct Resize {
+    /// Number of the device
+    pub id: u32,
+    /// Its new size; a swap area on it keeps its own
+    #[arg(value_parser = volume_bytes)]
+    pub size: u64,
+}
+
+/// `upgrade`.
+#[derive(Args)]
+pub struct Upgrade {
+    /// Number of the device
+    pub id: u32,
+    /// Another ghostswap-ublk to replace it by [default: this one]
+    #[arg(long, value_name = "PATH")]
+    pub program: Option<PathBuf>,
 }
 
 /// `doctor`.

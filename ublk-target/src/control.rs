@@ -5,10 +5,13 @@
 //! |---|---|
 //! | `{"cmd":"status"}` | `{"ok":true,"device":{…,"stats":{…}},"report":"…"}` |
 //! | `{"cmd":"stop","force":false}` | `{"ok":true}` once the device is going away |
+//! | `{"cmd":"resize","bytes":8192}` | `{"ok":true}` once the device has that size |
+//! | `{"cmd":"upgrade","program":"/path"}` | `{"ok":true}` once the supervisor was told; status tells the rest |
 //!
-//! A refusal is `{"ok":false,"error":"one line"}`. The main thread serves it; a client that sends
-//! nothing is cut off after a second.
+//! A refusal is `{"ok":false,"error":"one line"}`. The agent serves it; a client that sends nothing
+//! is cut off after a second.
 
+use crate::device;
 use anyhow::{anyhow, bail, Context, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -16,13 +19,15 @@ use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Longest request line.
 const LINE_BYTES: u64 = 4096;
 const CLIENT_PATIENCE: Duration = Duration::from_secs(1);
 /// Stopping a device waits for its requests.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(30);
+/// How long a device without an agent may be waiting for its next.
+const AGENT_PATIENCE: Duration = Duration::from_secs(3);
 
 /// A request.
 #[derive(Debug, Serialize, Deserialize, PartialEq)]
@@ -35,6 +40,16 @@ pub enum Request {
         /// Even while it is in use as swap.
         #[serde(default)]
         force: bool,
+    },
+    /// Make the device larger.
+    Resize {
+        /// Its new size in bytes.
+        bytes: u64,
+    },
+    /// Replace supervisor and worker by this program's.
+    Upgrade {
+        /// Its path.
+        program: PathBuf,
     },
 }
 
@@ -55,6 +70,17 @@ pub struct Answer {
 }
 
 impl Answer {
+    /// It was carried out, and that is all there is to say.
+    pub fn done() -> Self {
+        Answer { ok: true, ..Answer::default() }
+    }
+
+    /// As one line of JSON, without its end.
+    pub fn to_line(&self) -> String {
+        // Maps with string keys and plain numbers always serialise.
+        serde_json::to_string(self).unwrap_or_else(|e| format!(r#"{{"ok":false,"error":"{e}"}}"#))
+    }
+
     /// A refusal.
     pub fn refusal(error: impl Into<String>) -> Self {
         Answer { error: Some(error.into()), ..Answer::default() }
@@ -94,20 +120,40 @@ pub fn listen(id: u32) -> Result<UnixListener> {
     Ok(listener)
 }
 
-/// Sends a request to a device's daemon. `None`: there is no daemon.
+/// Sends a request to a device's daemon. `None`: there is no daemon. An agent that is just being
+/// replaced is waited for: asking twice does no harm.
 pub fn ask(id: u32, request: &Request) -> Result<Option<Answer>> {
-    let path = socket_path(id);
-    let mut stream = match UnixStream::connect(&path) {
+    let line = format!("{}\n", serde_json::to_string(request)?);
+    let began = Instant::now();
+    loop {
+        let answer = ask_once(id, &line);
+        let gone = matches!(&answer, Ok(text) if text.as_deref().is_none_or(str::is_empty));
+        if gone && device::kernel_has(id) && began.elapsed() < AGENT_PATIENCE {
+            std::thread::sleep(Duration::from_millis(100));
+            continue;
+        }
+        let Some(text) = answer? else { return Ok(None) };
+        let parsed = serde_json::from_str(&text).with_context(|| format!("bad answer from the daemon of ublkb{id}"));
+        return parsed.map(Some);
+    }
+}
+
+/// The answer's line; empty: whoever was to answer is gone.
+fn ask_once(id: u32, line: &str) -> Result<Option<String>> {
+    let mut stream = match UnixStream::connect(socket_path(id)) {
         Ok(stream) => stream,
         Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => return Ok(None),
         Err(e) => return Err(anyhow!("cannot talk to the daemon of ublkb{id}: {e}")),
     };
     stream.set_read_timeout(Some(ANSWER_PATIENCE))?;
-    stream.write_all(format!("{}\n", serde_json::to_string(request)?).as_bytes())?;
-    let mut line = String::new();
-    BufReader::new(stream).read_line(&mut line).with_context(|| format!("no answer from the daemon of ublkb{id}"))?;
-    let answer = serde_json::from_str(&line).with_context(|| format!("bad answer from the daemon of ublkb{id}"))?;
-    Ok(Some(answer))
+    let mut answer = String::new();
+    let sent = stream.write_all(line.as_bytes()).and_then(|()| BufReader::new(stream).read_line(&mut answer));
+    match sent {
+        Err(e) if !matches!(e.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset) => {
+            Err(e).with_context(|| format!("no answer from the daemon of ublkb{id}"))
+        }
+        _ => Ok(Some(answer)),
+    }
 }
 
 /// Serves the connection that waits, if one does.
@@ -125,7 +171,7 @@ pub fn serve_one(listener: &UnixListener, carry_out: impl FnOnce(Request) -> Ans
         Ok(request) => carry_out(request),
         Err(e) => Answer::refusal(format!("bad request: {e}")),
     };
-    stream.write_all(format!("{}\n", serde_json::to_string(&answer)?).as_bytes())?;
+    stream.write_all(format!("{}\n", answer.to_line()).as_bytes())?;
     Ok(())
 }
 
@@ -136,7 +182,7 @@ pub fn in_use_as_swap(device: &Path) -> bool {
 }
 
 /// The device itself or a partition of it.
-fn lists_swap(swaps: &str, device: &Path) -> bool {
+pub fn lists_swap(swaps: &str, device: &Path) -> bool {
     let Some(device) = device.to_str() else { return false };
     swaps.lines().filter_map(|l| l.split_ascii_whitespace().next()).any(|area| {
         let rest = area.strip_prefix(device);

@@ -23,7 +23,7 @@ pub enum Role {
 /// Splits the process in two.
 pub fn split(foreground: bool) -> Result<Role> {
     let (reader, writer) = UnixStream::pair().context("cannot make a socket pair")?;
-    let child = fork()?;
+    let child = fork()? == 0;
     if foreground {
         return Ok(if child { Role::Waiter(reader) } else { Role::Daemon(writer) });
     }
@@ -33,7 +33,7 @@ pub fn split(foreground: bool) -> Result<Role> {
     }
     // SAFETY: no preconditions; a fresh child is never a group leader.
     unsafe { libc::setsid() };
-    if !fork()? {
+    if fork()? != 0 {
         std::process::exit(0);
     }
     std::env::set_current_dir("/").context("cannot leave the working directory")?;
@@ -41,12 +41,12 @@ pub fn split(foreground: bool) -> Result<Role> {
     Ok(Role::Daemon(writer))
 }
 
-/// Forks; true in the child.
-fn fork() -> Result<bool> {
+/// Forks; 0 in the child.
+pub fn fork() -> Result<libc::pid_t> {
     // SAFETY: the process has one thread, so the child may go on as any program may.
     match unsafe { libc::fork() } {
         -1 => Err(std::io::Error::last_os_error()).context("cannot fork"),
-        pid => Ok(pid == 0),
+        pid => Ok(pid),
     }
 }
 
@@ -94,7 +94,8 @@ pub fn swap_on(device: &Path) -> Result<()> {
     run(std::process::Command::new("swapon").arg("--discard").arg(device), "swapon")
 }
 
-fn run(command: &mut std::process::Command, name: &str) -> Result<()> {
+/// Runs a program; what it says last is why it failed.
+pub fn run(command: &mut std::process::Command, name: &str) -> Result<()> {
     let done = command.stdout(std::process::Stdio::null()).output().with_context(|| format!("cannot run {name}"))?;
     if done.status.success() {
         return Ok(());

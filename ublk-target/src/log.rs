@@ -1,19 +1,18 @@
-//! Log records go into a bounded ring in memory; one thread of its own writes them out. A record
-//! that finds the ring full or busy is dropped and counted: whoever logs never waits for a disk,
-//! a journal or a terminal, any of which may be waiting for this very swap device.
+//! Log records go into a ring on the board, whence the agent writes them out. A record that finds
+//! the ring full or busy is dropped and counted: whoever logs never waits for a disk, a journal or
+//! a terminal, any of which may be waiting for this very swap device, and asks for no memory.
 //!
 //! I/O threads do not log at all (formatting allocates); they count, and the main thread reports.
 
+use crate::board::Shared;
 use anyhow::{Context, Result};
-use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
 use tracing_subscriber::fmt::MakeWriter;
 
-const RING_BYTES: usize = 64 << 10;
 /// A log file is started afresh beyond this size.
 const FILE_BYTES: u64 = 1 << 20;
 
@@ -25,25 +24,17 @@ pub enum Sink {
     File(File),
 }
 
-struct Ring {
-    bytes: Mutex<VecDeque<u8>>,
-    filled: Condvar,
-    dropped: AtomicU64,
-}
-
 /// Hands out writers into the ring.
 #[derive(Clone)]
-pub struct RingWriter(Arc<Ring>);
+pub struct RingWriter(Arc<(Arc<Shared>, Mutex<()>)>);
 
 impl Write for RingWriter {
     fn write(&mut self, record: &[u8]) -> io::Result<usize> {
-        match self.0.bytes.try_lock() {
-            Ok(mut bytes) if bytes.len() + record.len() <= RING_BYTES => {
-                bytes.extend(record);
-                self.0.filled.notify_one();
-            }
-            _ => {
-                self.0.dropped.fetch_add(1, Ordering::Relaxed);
+        let (shared, turn) = &*self.0;
+        match turn.try_lock() {
+            Ok(_turn) => shared.log(record),
+            Err(_) => {
+                shared.board.log_dropped.fetch_add(1, Ordering::Relaxed);
             }
         }
         Ok(record.len())
@@ -59,6 +50,13 @@ impl<'a> MakeWriter<'a> for RingWriter {
     fn make_writer(&'a self) -> RingWriter {
         self.clone()
     }
+}
+
+/// Installs a worker's subscriber.
+pub fn start(shared: &Arc<Shared>) {
+    let writer = RingWriter(Arc::new((shared.clone(), Mutex::new(()))));
+    let ansi = false;
+    tracing_subscriber::fmt().with_writer(writer).with_ansi(ansi).with_target(false).init();
 }
 
 impl Sink {
@@ -82,41 +80,16 @@ impl Sink {
     }
 }
 
-/// Installs the process's subscriber and starts the writing thread.
-pub fn start(mut sink: Sink, stack_bytes: usize, thread_start: fn(&str)) -> Result<()> {
-    let ring = Arc::new(Ring {
-        bytes: Mutex::new(VecDeque::with_capacity(RING_BYTES)),
-        filled: Condvar::new(),
-        dropped: AtomicU64::new(0),
-    });
-    let writer = RingWriter(ring.clone());
-    let ansi = false;
-    tracing_subscriber::fmt().with_writer(writer).with_ansi(ansi).with_target(false).init();
-    let drain = move || {
-        thread_start("gs-log");
-        let mut batch = Vec::with_capacity(RING_BYTES);
-        loop {
-            wait_for_records(&ring, &mut batch);
-            sink.put(&batch);
-            let dropped = ring.dropped.swap(0, Ordering::Relaxed);
-            if dropped > 0 {
-                sink.put(format!("{dropped} log records dropped\n").as_bytes());
-            }
+/// Writes out what workers log. The agent's log thread; does not return.
+pub fn drain(shared: &Shared, mut sink: Sink) {
+    let mut batch = Vec::new();
+    loop {
+        shared.take_log(&mut batch);
+        sink.put(&batch);
+        batch.clear();
+        let dropped = shared.board.log_dropped.swap(0, Ordering::Relaxed);
+        if dropped > 0 {
+            sink.put(format!("{dropped} log records dropped\n").as_bytes());
         }
-    };
-    let thread = std::thread::Builder::new().name("gs-log".into()).stack_size(stack_bytes);
-    thread.spawn(drain).context("cannot start the log thread")?;
-    Ok(())
-}
-
-fn wait_for_records(ring: &Ring, batch: &mut Vec<u8>) {
-    batch.clear();
-    let mut bytes = ring.bytes.lock().unwrap_or_else(|e| e.into_inner());
-    while bytes.is_empty() {
-        bytes = ring.filled.wait(bytes).unwrap_or_else(|e| e.into_inner());
     }
-    let (a, b) = bytes.as_slices();
-    batch.extend_from_slice(a);
-    batch.extend_from_slice(b);
-    bytes.clear();
 }

@@ -1,20 +1,30 @@
 //! `ghostswap-ublk`: a ghostswap store as a block device of the kernel's ublk driver, to swap to.
 //!
 //! This front end translates and decides nothing: `queue` turns block requests into the store's
-//! calls, `control` turns messages into answers. `serve` is a device's life, `protect` what keeps
-//! its daemon out of its own swap, `daemon` the processes, `log` records without waiting,
-//! `doctor` looks at the machine.
+//! calls, `device` speaks to the driver. Its processes: the command (`daemon`), the `supervise`r that
+//! keeps what is stored, the `worker` that serves and the one that stands by, the `agent` that
+//! answers `control` messages and writes the `log`; they share the `board`. `protect` keeps them out
+//! of their own swap, `doctor` looks at the machine, `notify` and `unit` get along with systemd.
 //!
 //! Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong usage.
 
+mod agent;
+mod board;
 mod cli;
 mod control;
 mod daemon;
+mod device;
 mod doctor;
+mod handover;
 mod log;
+mod notify;
 mod protect;
 mod queue;
-mod serve;
+mod shortage;
+mod signals;
+mod supervise;
+mod unit;
+mod worker;
 
 use anyhow::{anyhow, bail, Context, Result};
 use clap::Parser;
@@ -37,6 +47,13 @@ fn main() -> ExitCode {
         Command::List => list(),
         Command::Status(wanted) => status(wanted.id, wanted.json),
         Command::Del(del) => remove(del.id, del.force),
+        Command::Stop(stop) => unit::stop(stop.id, stop.unit.as_deref()),
+        Command::Resize(resize) => run_resize(resize.id, resize.size),
+        Command::Upgrade(upgrade) => run_upgrade(upgrade.id, upgrade.program),
+        Command::Formats => {
+            println!("{}", handover::formats());
+            Ok(())
+        }
         Command::Doctor(doctor) => doctor::run(doctor.json),
     };
     match done {
@@ -60,31 +77,29 @@ fn wrong_usage(e: &clap::Error) -> ExitCode {
 }
 
 fn run_add(add: &cli::Add) -> Result<()> {
+    if let Some(letter) = handover::take_letter()? {
+        return supervise::resume(add, letter);
+    }
+    if add.or_upgrade && unit::take_in(add)? {
+        return Ok(());
+    }
     match daemon::split(add.foreground)? {
-        Role::Daemon(pipe) => {
-            let mut pipe = Some(pipe);
-            let served = serve::run(add, |path| {
-                if let Some(mut pipe) = pipe.take() {
-                    daemon::tell_live(&mut pipe, path);
-                }
-                Ok(())
-            });
-            if let (Err(e), Some(pipe)) = (&served, &mut pipe) {
-                daemon::tell_error(pipe, e);
-            }
-            served
-        }
+        Role::Daemon(pipe) => supervise::run(add, pipe),
         Role::Waiter(pipe) => {
             let path = match daemon::wait_live(pipe) {
                 // The daemon in the foreground says itself what went wrong.
-                Err(_) if add.foreground => return Ok(()),
+                Err(_) if add.foreground => std::process::exit(1),
                 told => told?,
             };
             println!("{}", path.display());
+            let mut done = Ok(());
             if add.swapon {
-                daemon::swap_on(&path).with_context(|| format!("{} is live but not swap", path.display()))?;
+                done = daemon::swap_on(&path).with_context(|| format!("{} is live but not swap", path.display()));
             }
-            Ok(())
+            if add.foreground && done.is_err() {
+                unit::take_down(&path);
+            }
+            done
         }
     }
 }
@@ -144,6 +159,45 @@ fn status(id: Option<u32>, as_json: bool) -> Result<()> {
     Ok(())
 }
 
+fn run_resize(id: u32, bytes: u64) -> Result<()> {
+    match control::ask(id, &Request::Resize { bytes })? {
+        Some(answer) if answer.ok => Ok(()),
+        Some(answer) => bail!("{}", answer.error.unwrap_or_else(|| "the daemon refused".into())),
+        None => bail!("no such device: ublkb{id}"),
+    }
+}
+
+/// Has the daemon of a device replaced, by this program or another, while the device is in use.
+fn run_upgrade(id: u32, program: Option<PathBuf>) -> Result<()> {
+    let ask = || describe(id)?.map(|(device, _)| device).ok_or_else(|| anyhow!("no such device: ublkb{id}"));
+    let upgrades = |device: &Value| device["upgrades"].as_u64().unwrap_or(0);
+    let before = ask()?;
+    let program = match program {
+        Some(path) => path.canonicalize().with_context(|| format!("no program {}", path.display()))?,
+        None => std::env::current_exe().context("cannot find this program's own path")?,
+    };
+    handover::check(&before, &handover::formats_of(&program)?)?;
+    match control::ask(id, &Request::Upgrade { program })? {
+        Some(answer) if !answer.ok => bail!("{}", answer.error.unwrap_or_else(|| "the daemon refused".into())),
+        _ => {}
+    }
+    for _ in 0..600 {
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        // Between an old agent's end and the next one's beginning nobody listens.
+        let Ok(now) = ask() else { continue };
+        if upgrades(&now) > upgrades(&before) {
+            let word = |device: &Value| device["version"].as_str().unwrap_or("?").to_owned();
+            println!("/dev/ublkb{id}: {} replaced by {}", word(&before), word(&now));
+            return Ok(());
+        }
+        match now["upgrade_error"].as_str() {
+            Some("") | None => {}
+            Some(why) => bail!("ublkb{id} was not upgraded and serves on: {why}"),
+        }
+    }
+    bail!("ublkb{id}: no news of the upgrade after 60 s; see ghostswap-ublk status")
+}
+
 fn remove(id: u32, force: bool) -> Result<()> {
     let path = PathBuf::from(format!("/dev/ublkb{id}"));
     let shown = path.display();
@@ -155,7 +209,7 @@ fn remove(id: u32, force: bool) -> Result<()> {
     match control::ask(id, &Request::Stop { force })? {
         Some(answer) if answer.ok => wait_gone(id),
         Some(answer) => bail!("{}", answer.error.unwrap_or_else(|| "the daemon refused".into())),
-        None if !serve::kernel_has(id) => {
+        None if !device::kernel_has(id) => {
             // A daemon that died with its device leaves its socket.
             let _ = std::fs::remove_file(&socket);
             bail!("no such device: ublkb{id}")
@@ -174,7 +228,7 @@ fn remove(id: u32, force: bool) -> Result<()> {
 /// The daemon answers before it stops; the id is free once the kernel's device is gone.
 fn wait_gone(id: u32) -> Result<()> {
     for _ in 0..3000 {
-        if !serve::kernel_has(id) && !control::socket_path(id).exists() {
+        if !device::kernel_has(id) && !control::socket_path(id).exists() {
             return Ok(());
         }
         std::thread::sleep(std::time::Duration::from_millis(10));

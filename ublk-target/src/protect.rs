@@ -20,6 +20,11 @@ const MADV_POPULATE_READ: libc::c_int = 22;
 const MADV_POPULATE_WRITE: libc::c_int = 23;
 /// Private mappings above this are reservations, not working memory.
 const RESERVATION_BYTES: usize = 64 << 20;
+/// Real-time priorities: the supervisor's, a take-over's, growth's.
+pub const SUPERVISOR_PRIORITY: libc::c_int = 3;
+/// A take-over's: growth must not hold it up.
+pub const TAKE_OVER_PRIORITY: libc::c_int = 2;
+const GROWTH_PRIORITY: libc::c_int = 1;
 /// How much of the main thread's stack is touched beforehand.
 const MAIN_STACK_BYTES: usize = 64 << 10;
 
@@ -35,6 +40,8 @@ pub fn process() -> Result<()> {
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 1);
         libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
+        // From the heap, which is made resident, and not from mappings of their own.
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 4 << 20);
     }
     let unlimited = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
     // SAFETY: the pointer is to a live rlimit.
@@ -47,7 +54,17 @@ pub fn process() -> Result<()> {
     thread()?;
     // SAFETY: ONFAULT locks pages as they come; no memory is touched.
     let rc = unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE | libc::MCL_ONFAULT) };
-    demand(rc == 0, "cannot lock the daemon's memory")
+    demand(rc == 0, "cannot lock the daemon's memory")?;
+    // A dump would hold up the take-over behind it, and what is swapped out is nobody's business.
+    // SAFETY: acts on the process and takes no pointers.
+    unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) };
+    Ok(())
+}
+
+/// Names the calling process, as seen by `ps`.
+pub fn name(name: &std::ffi::CStr) {
+    // SAFETY: the string is live and ends with NUL.
+    unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr(), 0, 0, 0) };
 }
 
 /// Makes the calling thread an IO_FLUSHER and reads it back.
@@ -83,21 +100,30 @@ pub fn store_thread(name: &str) {
         tracing::error!("thread {name}: {e:#}");
         std::process::abort();
     }
-    if name == "growth" {
-        first_in_line();
+    match name {
+        "growth" => first_in_line(GROWTH_PRIORITY),
+        _ => as_any_other(),
     }
 }
 
-/// Lets the growth thread run and allocate before those who fill memory: a real-time thread runs
+/// Lets the calling thread run and allocate before those who fill memory: a real-time thread runs
 /// at once, and the page allocator lets it below the `min` watermark where others wait (Linux
-/// `mm/page_alloc.c`, `ALLOC_MIN_RESERVE`). It sleeps nearly always, and the kernel's real-time
-/// throttle bounds it. Refused (a container, say), it works as any other thread.
-fn first_in_line() {
-    let param = libc::sched_param { sched_priority: 1 };
+/// `mm/page_alloc.c`, `ALLOC_MIN_RESERVE`). For threads that sleep nearly always, and for a
+/// take-over. What they start begins so too, since it may need memory before it can say what it is.
+/// Refused (a container, say), a thread works as any other.
+pub fn first_in_line(priority: libc::c_int) {
+    let param = libc::sched_param { sched_priority: priority };
     // SAFETY: acts on the calling thread; the parameter is live.
     if unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &param) } != 0 {
-        tracing::warn!("the growth thread has no real-time priority: {}", OsError::last_os_error());
+        tracing::debug!("no real-time priority {priority}: {}", OsError::last_os_error());
     }
+}
+
+/// Takes that back.
+pub fn as_any_other() {
+    let param = libc::sched_param { sched_priority: 0 };
+    // SAFETY: acts on the calling thread; the parameter is live. Giving up a priority is allowed.
+    unsafe { libc::sched_setscheduler(0, libc::SCHED_OTHER, &param) };
 }
 
 fn demand(ok: bool, what: &str) -> Result<()> {

@@ -15,6 +15,7 @@
 
 #![allow(unsafe_code)] // pread/pwrite on a borrowed descriptor; pushing a timer on the ring.
 
+use crate::board::{Board, Shared};
 use anyhow::{anyhow, Context, Result};
 use ghostswap::{Error, Lane};
 use io_uring::{cqueue, opcode, squeue, types, IoUring};
@@ -23,6 +24,9 @@ use libublk::{sys, ublk_init_task_ring, with_task_io_ring_mut, UblkError, UblkIO
 use std::cell::RefCell;
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{sync_channel, Receiver, SyncSender};
+use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// Bytes moved between the kernel and the store at a time.
@@ -33,12 +37,18 @@ const PATIENCE: Duration = Duration::from_secs(2);
 const RETRY: Duration = Duration::from_millis(4);
 /// Least time between two refusals of one queue.
 const REFUSAL_PAUSE: Duration = Duration::from_millis(20);
+/// How often a queue shows that it goes on.
+const BEAT_EVERY: Duration = Duration::from_millis(500);
+/// Stack of a queue's thread: all of it is made resident, so no more than needed.
+const STACK_BYTES: usize = 128 << 10;
 /// Marks the retry timer's completion.
 const TIMER: u64 = UblkUringData::Target as u64;
+/// Marks the beat's completion.
+const BEAT: u64 = TIMER | 1;
 const DONE: i32 = 0;
 
-/// What the I/O threads have to tell; the main thread reads and reports it.
-#[derive(Default)]
+/// What the I/O threads have to tell; others read and report it.
+#[repr(C)]
 pub struct Counters {
     /// Writes refused for want of room.
     pub refused: AtomicU64,
@@ -104,19 +114,83 @@ struct Server<'a> {
     cdev: RawFd,
     writes: Writes,
     counters: &'a Counters,
+    beat: &'a AtomicU64,
     /// Since when the first write has made no progress.
     stuck_since: Option<Instant>,
     last_refusal: Option<Instant>,
     timer_armed: bool,
+    beat_armed: bool,
+    /// A request has come: the device is live, and no take-over's privilege is needed any more.
+    live: bool,
     /// Answers other than to writes wait in the ring.
     answered: bool,
 }
 
+/// What a queue's thread waits for.
+type Job = (Arc<UblkDev>, Lane);
+
+/// A queue's thread, started and with its ring, that waits for its device.
+pub struct Idle {
+    qid: u16,
+    tid: libc::pid_t,
+    jobs: SyncSender<Job>,
+    news: Receiver<Result<libc::pid_t>>,
+    thread: JoinHandle<()>,
+}
+
+/// A queue's thread that serves.
+pub struct Running {
+    /// The queue.
+    pub qid: u16,
+    /// The kernel's number of the thread.
+    pub tid: libc::pid_t,
+    /// Ends with the device.
+    pub thread: JoinHandle<()>,
+}
+
+impl Idle {
+    /// Returns once the thread has its ring.
+    pub fn start(qid: u16, depth: u16, shared: Arc<Shared>) -> Result<Idle> {
+        let (jobs, given) = sync_channel::<Job>(1);
+        let (tell, news) = sync_channel(1);
+        let body = move || {
+            let prepared = prepare(qid, depth);
+            let failed = prepared.is_err();
+            let _ = tell.send(prepared);
+            // No job comes if the standby was not needed.
+            let (false, Ok((dev, lane))) = (failed, given.recv()) else { return };
+            let ready = || drop(tell.send(Ok(0)));
+            if let Err(e) = serve(qid, &dev, lane, shared.board, ready) {
+                let _ = tell.send(Err(e));
+            }
+        };
+        let thread = std::thread::Builder::new().name(format!("gs-queue{qid}")).stack_size(STACK_BYTES);
+        let thread = thread.spawn(body).context("cannot start a queue's thread")?;
+        let tid = news.recv().context("a queue's thread died")??;
+        Ok(Idle { qid, tid, jobs, news, thread })
+    }
+
+    /// Has the queue served. Returns once it is ready to fetch: the driver's start command waits
+    /// for all of them, however long.
+    pub fn run(self, dev: &Arc<UblkDev>, lane: Lane) -> Result<Running> {
+        self.jobs.send((dev.clone(), lane)).ok().context("a queue's thread died")?;
+        self.news.recv().context("a queue's thread died")??;
+        Ok(Running { qid: self.qid, tid: self.tid, thread: self.thread })
+    }
+}
+
+/// All that needs no device.
+fn prepare(qid: u16, depth: u16) -> Result<libc::pid_t> {
+    crate::protect::first_in_line(crate::protect::TAKE_OVER_PRIORITY);
+    init_ring(u32::from(depth) + 2).map_err(|e| anyhow!("cannot set up io_uring for queue {qid}: {e:?}"))?;
+    // SAFETY: no preconditions.
+    Ok(unsafe { libc::gettid() })
+}
+
 /// Sets the queue up, calls `ready` once its fetch commands are prepared, and serves it until the
 /// device stops.
-pub fn serve(qid: u16, dev: &UblkDev, lane: Lane, counters: &Counters, ready: impl FnOnce()) -> Result<()> {
+fn serve(qid: u16, dev: &UblkDev, lane: Lane, board: &Board, ready: impl FnOnce()) -> Result<()> {
     let depth = dev.dev_info.queue_depth;
-    init_ring(u32::from(depth) + 1).map_err(|e| anyhow!("cannot set up io_uring for queue {qid}: {e:?}"))?;
     let queue = UblkQueue::new(qid, dev)
         .and_then(|q| q.submit_fetch_commands_unified(BufDescList::Slices(None)))
         .map_err(|e| anyhow!("cannot set up queue {qid}: {e:?}"))?;
@@ -127,12 +201,18 @@ pub fn serve(qid: u16, dev: &UblkDev, lane: Lane, counters: &Counters, ready: im
         buf: vec![0; SLICE_BYTES].into_boxed_slice(),
         cdev: dev.tgt.fds[0],
         writes: Writes::new(usize::from(depth)),
-        counters,
+        counters: &board.counters,
+        beat: &board.beats[usize::from(qid)],
         stuck_since: None,
         last_refusal: None,
         timer_armed: false,
+        beat_armed: false,
+        live: false,
         answered: false,
     };
+    // Submitting asks the kernel for memory, a request's worth for each tag: in a take-over that is
+    // for a real-time thread to do, and `start` waits for it.
+    with_task_io_ring_mut(|ring| ring.submit()).context("cannot submit the fetch commands")?;
     ready();
     server.run(&queue);
     Ok(())
@@ -159,7 +239,10 @@ impl Server<'_> {
         let mut next = Next::Sleep;
         loop {
             if next == Next::Retry && !self.timer_armed {
-                self.arm_timer();
+                self.timer_armed = self.arm(TIMER, RETRY);
+            }
+            if !self.beat_armed {
+                self.beat_armed = self.arm(BEAT, BEAT_EVERY);
             }
             let to_wait = usize::from(next != Next::Poll);
             let batch = queue.flush_and_wake_io_tasks(|data, cqe, _| self.accept(queue, data, cqe.result()), to_wait);
@@ -173,12 +256,23 @@ impl Server<'_> {
 
     /// Takes one completion from the ring: a request of the kernel, or the timer.
     fn accept(&mut self, queue: &UblkQueue<'_>, data: u64, result: i32) {
-        if data == TIMER {
-            self.timer_armed = false;
-            return;
+        match data {
+            TIMER => {
+                self.timer_armed = false;
+                return;
+            }
+            BEAT => {
+                self.beat.fetch_add(1, Ordering::Relaxed);
+                self.beat_armed = false;
+                return;
+            }
+            _ => {}
         }
         if result != sys::UBLK_IO_RES_OK as i32 {
             return;
+        }
+        if !std::mem::replace(&mut self.live, true) {
+            crate::protect::as_any_other();
         }
         let tag = UblkIOCtx::user_data_to_tag(data) as u16;
         let iod = queue.get_iod(tag);
@@ -311,15 +405,16 @@ impl Server<'_> {
         }
     }
 
-    fn arm_timer(&mut self) {
-        let ts = types::Timespec::new().nsec(RETRY.as_nanos() as u32);
-        let timer = opcode::Timeout::new(&ts).build().user_data(TIMER);
-        self.timer_armed = with_task_io_ring_mut(|ring| {
+    /// Starts a timer. False: the ring is full, which is not for long.
+    fn arm(&self, what: u64, after: Duration) -> bool {
+        let ts = types::Timespec::from(after);
+        let timer = opcode::Timeout::new(&ts).build().user_data(what);
+        with_task_io_ring_mut(|ring| {
             // SAFETY: the kernel copies the time when the entry is submitted, below, while `ts`
             // lives.
             let pushed = unsafe { ring.submission().push(&timer) }.is_ok();
             pushed && ring.submit().is_ok()
-        });
+        })
     }
 }
 

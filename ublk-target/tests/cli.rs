@@ -30,6 +30,8 @@ fn wrong_usage_exits_with_2() {
         &["add", "--depth", "0"],
         &["del"],
         &["del", "x"],
+        &["stop"],
+        &["add", "--or-upgrade"],
         &["doctor", "0"],
         &["frob"],
         &[],
@@ -67,7 +69,7 @@ fn missing_driver_is_one_line() {
 
 #[test]
 fn unknown_device_is_one_line() {
-    for args in [&["del", "987654"][..], &["del", "987654", "--force"], &["status", "987654"]] {
+    for args in [&["del", "987654"][..], &["del", "987654", "--force"], &["stop", "987654"], &["status", "987654"]] {
         let output = ghostswap(args);
         let said = stderr(&output);
         assert_eq!(output.status.code(), Some(1), "{args:?}: {said}");

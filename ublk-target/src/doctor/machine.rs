@@ -1,7 +1,7 @@
 //! Checks of the kernel, its driver and its settings, whoever asks.
 
 use super::{Check, Machine};
-use crate::serve::CONTROL_NODE;
+use crate::device::CONTROL_NODE;
 use libublk::sys;
 
 pub fn kernel(release: &str, features: Option<u64>) -> Check {

@@ -1,0 +1,307 @@
+//! The board: one page-locked piece of memory that all processes of a device share.
+//!
+//! Made by the supervisor before it forks anything. Through it worker and agent speak without
+//! asking the kernel for memory, as a socket or a pipe would: a worker that waits for memory when
+//! it is killed does not end, and its device waits with it.
+//!
+//! It is a file without a name, so that a newer supervisor, which takes the place of an older one by
+//! `exec`, finds it again; its layout belongs to what `handover.rs` counts as one version.
+//!
+//! * beats: counted up by the worker's I/O threads; the supervisor looks whether they go on;
+//! * mail: one request of the agent to the worker at a time, and its answer;
+//! * an order of the agent to the supervisor: the program to upgrade to;
+//! * log: a ring that the worker's threads put records into and the agent writes out.
+//!
+//! All of it is atomics, and each part has one writer at a time: the log's and the answer's is the
+//! worker (a dead one's half-written record is skipped by the next), the request's is the agent.
+//! Bells are eventfds; ringing and hearing one asks for no memory either.
+
+#![allow(unsafe_code)] // memfd, mmap, eventfd.
+
+use crate::queue::Counters;
+use anyhow::{Context, Result};
+use std::io::Error as OsError;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicU8, Ordering};
+use std::time::Duration;
+
+/// Most queues of a device.
+pub const MAX_QUEUES: usize = 64;
+const REQUEST_BYTES: usize = 512;
+const ANSWER_BYTES: usize = 16 << 10;
+const PATH_BYTES: usize = 4096;
+const LOG_BYTES: usize = 32 << 10;
+
+/// What is shared.
+#[repr(C)]
+pub struct Board {
+    /// One for each queue.
+    pub beats: [AtomicU64; MAX_QUEUES],
+    /// How many of these there are.
+    pub queues: AtomicU64,
+    /// Workers taken over from so far.
+    pub taken_over: AtomicU64,
+    /// From a worker's death to the next one's being live, in microseconds: the last and the longest.
+    pub last_take_over_us: AtomicU64,
+    /// The longest.
+    pub longest_take_over_us: AtomicU64,
+    /// Workers that served so far, whatever became of them, less one.
+    pub generation: AtomicU64,
+    /// Times that worker and supervisor were replaced by newer ones.
+    pub upgrades: AtomicU64,
+    /// What the queues have to tell, of all workers so far.
+    pub counters: Counters,
+    /// Times that the OOM killer was called because the store stayed full.
+    pub victims: AtomicU64,
+    /// Log records that found no room.
+    pub log_dropped: AtomicU64,
+    log_written: AtomicU64,
+    log_read: AtomicU64,
+    request: Letter<REQUEST_BYTES>,
+    answer: Letter<ANSWER_BYTES>,
+    upgrade_to: Letter<PATH_BYTES>,
+    upgrade_error: Letter<REQUEST_BYTES>,
+    log: [AtomicU8; LOG_BYTES],
+}
+
+/// A message with the number of the question it belongs to.
+#[repr(C)]
+struct Letter<const N: usize> {
+    number: AtomicU64,
+    len: AtomicU32,
+    text: [AtomicU8; N],
+}
+
+impl<const N: usize> Letter<N> {
+    /// False: it is too long.
+    fn put(&self, number: u64, text: &[u8]) -> bool {
+        if text.len() > N {
+            return false;
+        }
+        self.text.iter().zip(text).for_each(|(to, from)| to.store(*from, Ordering::Relaxed));
+        self.len.store(text.len() as u32, Ordering::Relaxed);
+        self.number.store(number, Ordering::Release);
+        true
+    }
+
+    fn get(&self) -> (u64, String) {
+        let number = self.number.load(Ordering::Acquire);
+        let len = (self.len.load(Ordering::Relaxed) as usize).min(N);
+        let bytes = self.text[..len].iter().map(|b| b.load(Ordering::Relaxed)).collect::<Vec<u8>>();
+        (number, String::from_utf8_lossy(&bytes).into_owned())
+    }
+}
+
+/// The board and the bells of its users, in a process that was made with them or forked since.
+pub struct Shared {
+    /// The board.
+    pub board: &'static Board,
+    file: OwnedFd,
+    to_worker: OwnedFd,
+    to_agent: OwnedFd,
+    to_supervisor: OwnedFd,
+    log_bell: OwnedFd,
+}
+
+impl Shared {
+    /// Makes a board. Before any fork, after the process's memory is set to be locked.
+    pub fn new() -> Result<Shared> {
+        // SAFETY: a constant NUL-terminated name and a valid flag.
+        let file = owned(unsafe { libc::memfd_create(c"ghostswap-board".as_ptr(), libc::MFD_CLOEXEC) })?;
+        // SAFETY: acts on our own new file.
+        if unsafe { libc::ftruncate(file.as_raw_fd(), std::mem::size_of::<Board>() as libc::off_t) } != 0 {
+            return Err(OsError::last_os_error()).context("cannot make the board");
+        }
+        Shared::of([file, bell()?, bell()?, bell()?, bell()?])
+    }
+
+    /// The board that an older supervisor left, by its [`Shared::descriptors`].
+    pub fn of(descriptors: [OwnedFd; 5]) -> Result<Shared> {
+        let [file, to_worker, to_agent, to_supervisor, log_bell] = descriptors;
+        let len = std::mem::size_of::<Board>();
+        let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_POPULATE);
+        // SAFETY: a fresh mapping of our own file at an address the kernel picks.
+        let at = unsafe { libc::mmap(std::ptr::null_mut(), len, prot, flags, file.as_raw_fd(), 0) };
+        if at == libc::MAP_FAILED {
+            return Err(OsError::last_os_error()).context("cannot map the board");
+        }
+        // SAFETY: mapped for good, aligned to a page, and zeros are a valid board.
+        let board = unsafe { &*at.cast::<Board>() };
+        Ok(Shared { board, file, to_worker, to_agent, to_supervisor, log_bell })
+    }
+
+    /// What a child must keep.
+    pub fn descriptors(&self) -> [i32; 5] {
+        [&self.file, &self.to_worker, &self.to_agent, &self.to_supervisor, &self.log_bell].map(|fd| fd.as_raw_fd())
+    }
+
+    // --- the supervisor's side ----------------------------------------------------------------
+
+    /// What the supervisor waits on.
+    pub fn supervisor_bell(&self) -> i32 {
+        self.to_supervisor.as_raw_fd()
+    }
+
+    /// The program to upgrade to.
+    pub fn upgrade_wanted(&self) -> String {
+        hear(&self.to_supervisor);
+        self.board.upgrade_to.get().1
+    }
+
+    /// Why the last upgrade came to nothing; empty: it did not.
+    pub fn set_upgrade_error(&self, why: &str) {
+        let cut = why.char_indices().map(|(at, _)| at).take_while(|at| *at < REQUEST_BYTES - 4).last().unwrap_or(0);
+        self.board.upgrade_error.put(0, if why.len() < REQUEST_BYTES { why } else { &why[..cut] }.as_bytes());
+    }
+
+    /// The same, to tell it.
+    pub fn upgrade_error(&self) -> String {
+        self.board.upgrade_error.get().1
+    }
+
+    // --- the worker's side --------------------------------------------------------------------
+
+    /// What the worker's main thread waits on.
+    pub fn worker_bell(&self) -> i32 {
+        self.to_worker.as_raw_fd()
+    }
+
+    /// The request that came, with its number.
+    pub fn request(&self) -> (u64, String) {
+        hear(&self.to_worker);
+        self.board.request.get()
+    }
+
+    /// Answers a request.
+    pub fn answer(&self, number: u64, text: &str) {
+        if !self.board.answer.put(number, text.as_bytes()) {
+            self.board.answer.put(number, br#"{"ok":false,"error":"the answer is too long"}"#);
+        }
+        ring(&self.to_agent);
+    }
+
+    /// Puts a record into the log, or counts it as dropped. One caller at a time.
+    pub fn log(&self, record: &[u8]) {
+        let b = self.board;
+        let (written, read) = (b.log_written.load(Ordering::Relaxed), b.log_read.load(Ordering::Acquire));
+        if written - read + record.len() as u64 > LOG_BYTES as u64 {
+            b.log_dropped.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
+        for (i, byte) in record.iter().enumerate() {
+            b.log[(written as usize + i) % LOG_BYTES].store(*byte, Ordering::Relaxed);
+        }
+        b.log_written.store(written + record.len() as u64, Ordering::Release);
+        ring(&self.log_bell);
+    }
+
+    // --- the agent's side ---------------------------------------------------------------------
+
+    /// Asks the worker, and the one that takes over from it should it die meanwhile.
+    pub fn ask(&self, text: &str, patience: Duration) -> Option<String> {
+        let number = self.board.request.number.load(Ordering::Relaxed) + 1;
+        let slice = Duration::from_millis(100);
+        let mut waited = Duration::ZERO;
+        let mut worker = u64::MAX;
+        hear(&self.to_agent);
+        while waited < patience {
+            let now = self.board.generation.load(Ordering::Relaxed);
+            if now != worker {
+                worker = now;
+                if !self.board.request.put(number, text.as_bytes()) {
+                    return None;
+                }
+                ring(&self.to_worker);
+            }
+            let [rung] = crate::signals::poll([self.to_agent.as_raw_fd()], slice);
+            waited += slice;
+            if rung {
+                hear(&self.to_agent);
+                let (answered, text) = self.board.answer.get();
+                if answered == number {
+                    return Some(text);
+                }
+            }
+        }
+        None
+    }
+
+    /// Asks the supervisor to upgrade. False: the path is too long.
+    pub fn ask_upgrade(&self, program: &str) -> bool {
+        self.set_upgrade_error("");
+        let put = self.board.upgrade_to.put(0, program.as_bytes());
+        ring(&self.to_supervisor);
+        put
+    }
+
+    /// Waits for log records and takes all that there are.
+    pub fn take_log(&self, into: &mut Vec<u8>) {
+        crate::signals::poll([self.log_bell.as_raw_fd()], Duration::from_secs(3600));
+        hear(&self.log_bell);
+        let b = self.board;
+        let (written, read) = (b.log_written.load(Ordering::Acquire), b.log_read.load(Ordering::Relaxed));
+        into.extend((read..written).map(|at| b.log[at as usize % LOG_BYTES].load(Ordering::Relaxed)));
+        b.log_read.store(written, Ordering::Release);
+    }
+}
+
+fn bell() -> Result<OwnedFd> {
+    // SAFETY: takes no pointers.
+    owned(unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) })
+}
+
+fn owned(fd: libc::c_int) -> Result<OwnedFd> {
+    match fd {
+        -1 => Err(OsError::last_os_error()).context("cannot make the board"),
+        // SAFETY: a fresh descriptor that nobody else owns.
+        fd => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
+    }
+}
+
+fn ring(bell: &OwnedFd) {
+    let one = 1u64;
+    // SAFETY: writes the 8 bytes of a live integer; a bell that rings already may refuse.
+    unsafe { libc::write(bell.as_raw_fd(), (&raw const one).cast(), 8) };
+}
+
+fn hear(bell: &OwnedFd) {
+    let mut count = 0u64;
+    // SAFETY: reads 8 bytes into a live integer; a silent bell refuses.
+    unsafe { libc::read(bell.as_raw_fd(), (&raw mut count).cast(), 8) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_is_answered_and_an_old_answer_is_not_taken() {
+        let s = Shared::new().unwrap();
+        s.answer(0, "old");
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                crate::signals::poll([s.worker_bell()], Duration::from_secs(5));
+                let (number, text) = s.request();
+                s.answer(number, &format!("{text}, indeed"));
+            });
+            assert_eq!(s.ask("so", Duration::from_secs(5)).as_deref(), Some("so, indeed"));
+        });
+        assert_eq!(s.ask("nobody hears", Duration::from_millis(200)), None);
+    }
+
+    #[test]
+    fn the_log_keeps_order_and_counts_what_does_not_fit() {
+        let s = Shared::new().unwrap();
+        let record = [b'x'; 1000];
+        for _ in 0..40 {
+            s.log(&record);
+        }
+        let mut out = Vec::new();
+        s.take_log(&mut out);
+        assert_eq!((out.len(), s.board.log_dropped.load(Ordering::Relaxed)), (32000, 8));
+        s.log(b"after");
+        out.clear();
+        s.take_log(&mut out);
+        assert_eq!(out, b"after");
+    }
+}

@@ -1,0 +1,563 @@
+//! The supervisor: the small process that outlives its workers and keeps what they stored.
+//!
+//! It holds the arena's file and forks workers. Each worker starts as a *standby*: fully resident,
+//! blocked on its pipe (`worker.rs`). One is ordered to make the device; from then on another stands
+//! by. A worker that dies by anything but an orderly stop, or that shows no sign of life for too
+//! long and is killed for it, leaves the kernel's device waiting (ublk user recovery with reissue);
+//! the standby is ordered to take it over, and a new standby is forked behind it. Nothing has to be
+//! started, loaded or paged in between death and take-over: under pressure a new process may need
+//! the very swap that is gone. Beside them works the agent (`agent.rs`), which may wait.
+//!
+//! Over a worker's pipe, a line each way: `add` or `recover WHY` down, `ready`, `live ID RECOVERABLE
+//! PATH` or `error WHY` up. A worker whose pipe ends before it was ordered anything ends with it.
+//!
+//! The supervisor has one thread, allocates next to nothing, and knows nothing of the arena. It
+//! never speaks to the driver itself: libublk's ring would go with the fork, and break there.
+
+#![allow(unsafe_code)] // waitpid, kill, close_range.
+
+use crate::board::{Shared, MAX_QUEUES};
+use crate::cli::Add;
+use crate::daemon::{self, fork};
+use crate::handover::{Letter, HANDOVER_VERSION};
+use crate::notify::Manager;
+use crate::worker::{self, Setup};
+use crate::{agent, control, device, protect, signals};
+use anyhow::{anyhow, bail, Context, Result};
+use ghostswap::Spare;
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// A worker that served shorter than this died of what it is, not of what was done to it.
+const SHORT_LIFE: Duration = Duration::from_millis(100);
+/// Short lives in a row that are taken for chance.
+const CHANCE: u32 = 3;
+/// Pause before the next after several short lives, times their number.
+const BACK_OFF: Duration = Duration::from_millis(200);
+/// Longest such pause.
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// How long a take-over may take at least before it is tried again.
+const TAKE_OVER_PATIENCE: Duration = Duration::from_secs(15);
+/// Workers that stand by: one may be needed while the next is being made, which takes a while on a
+/// machine short of memory.
+const STANDBYS: usize = 2;
+/// What it takes to make one, with room to spare.
+const STANDBY_COST: u64 = 3 << 20;
+/// How often to look for signs of life.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+
+struct Worker {
+    pid: libc::pid_t,
+    pipe: BufReader<UnixStream>,
+    since: Instant,
+    /// It stands by and waits for nothing but its order.
+    ready: bool,
+}
+
+struct Supervisor<'a> {
+    add: &'a Add,
+    /// The standby is of a newer program than the worker, which it is to replace.
+    upgrading: bool,
+    arena: OwnedFd,
+    shared: Arc<Shared>,
+    active: Worker,
+    /// The next to take over first.
+    standbys: Vec<Worker>,
+    agent: Option<libc::pid_t>,
+    device: Option<(u32, PathBuf)>,
+    recoverable: bool,
+    /// When the worker died that is being taken over from.
+    died: Option<Instant>,
+    short_lives: u32,
+    /// When the next agent, the next standby may be started.
+    agent_due: Instant,
+    standby_due: Instant,
+    tell: Option<UnixStream>,
+    pulse: Pulse,
+    spare: Spare,
+    /// The service manager.
+    manager: Manager,
+    /// Went on where an older program left off.
+    resumed: bool,
+}
+
+/// Signs of life seen of the active worker's queues.
+struct Pulse {
+    beats: [u64; MAX_QUEUES],
+    /// When each was last seen to go on.
+    since: [Instant; MAX_QUEUES],
+}
+
+/// Supervises until the device is stopped. The waiter hears over `tell` once it is live.
+pub fn run(add: &Add, mut tell: UnixStream) -> Result<()> {
+    let (mut supervisor, received) = match begin(add) {
+        Ok(begun) => begun,
+        Err(e) => {
+            daemon::tell_error(&mut tell, &e);
+            return Err(e);
+        }
+    };
+    supervisor.tell = Some(tell);
+    let done = supervisor.watch(&received);
+    if let (Err(e), Some(tell)) = (&done, &mut supervisor.tell) {
+        daemon::tell_error(tell, e);
+    }
+    supervisor.end();
+    done
+}
+
+/// All before the first worker is told to make the device.
+fn begin(add: &Add) -> Result<(Supervisor<'_>, OwnedFd)> {
+    device::check_driver(add.id)?;
+    let received = signals::block(&[libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGCHLD])?;
+    protect::process()?;
+    protect::first_in_line(protect::SUPERVISOR_PRIORITY);
+    let arena = ghostswap::create_arena(false)?;
+    let shared = Arc::new(Shared::new()?);
+    let active = start(add, &arena, &shared, None)?;
+    let mut supervisor = Supervisor::new(add, arena, shared, active);
+    supervisor.active.order("add")?;
+    Ok((supervisor, received))
+}
+
+/// Goes on where an older supervisor left off, in the same process.
+pub fn resume(add: &Add, letter: Letter) -> Result<()> {
+    let received = signals::block(&[libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGCHLD])?;
+    protect::process()?;
+    protect::first_in_line(protect::SUPERVISOR_PRIORITY);
+    let (arena, board, pipe) = letter.descriptors();
+    let shared = Arc::new(Shared::of(board)?);
+    let active = Worker::new(letter.worker.0, UnixStream::from(pipe));
+    let mut supervisor = Supervisor::new(add, arena, shared, active);
+    supervisor.device = Some((letter.device.0, letter.device.1.into()));
+    supervisor.recoverable = true;
+    supervisor.upgrading = true;
+    supervisor.resumed = true;
+    // Of the older program; the agent's death has its successor started.
+    letter.standbys.into_iter().chain(letter.agent).for_each(|pid| kill(pid, libc::SIGKILL));
+    supervisor.agent = letter.agent;
+    let done = supervisor.watch(&received);
+    supervisor.end();
+    done
+}
+
+impl<'a> Supervisor<'a> {
+    fn new(add: &'a Add, arena: OwnedFd, shared: Arc<Shared>, active: Worker) -> Supervisor<'a> {
+        Supervisor {
+            add,
+            upgrading: false,
+            arena,
+            shared,
+            active,
+            standbys: Vec::with_capacity(STANDBYS),
+            agent: None,
+            device: None,
+            recoverable: false,
+            died: None,
+            short_lives: 0,
+            agent_due: Instant::now(),
+            standby_due: Instant::now(),
+            tell: None,
+            pulse: Pulse::new(),
+            spare: Spare::new(),
+            manager: Manager::from_env(),
+            resumed: false,
+        }
+    }
+
+    fn watch(&mut self, received: &OwnedFd) -> Result<()> {
+        loop {
+            let fd = |w: &Worker| w.pipe.get_ref().as_raw_fd();
+            let standby = |i: usize| self.standbys.get(i).map_or(-1, fd);
+            let (first, second, bell) = (standby(0), standby(1), self.shared.supervisor_bell());
+            let [signal, said, first_said, second_said, ordered] =
+                signals::poll([received.as_raw_fd(), fd(&self.active), first, second, bell], LOOK_EVERY);
+            if said {
+                self.hear()?;
+            }
+            for (i, said) in [first_said, second_said].into_iter().enumerate() {
+                if said {
+                    self.hear_standby(i);
+                }
+            }
+            if ordered {
+                self.upgrade();
+            }
+            if signal {
+                match (signals::next(received), self.agent) {
+                    (Some(libc::SIGCHLD) | None, _) => {}
+                    // The agent finds out whether the device may go.
+                    (Some(_), Some(agent)) => kill(agent, libc::SIGTERM),
+                    (Some(_), None) => {
+                        kill(self.active.pid, libc::SIGKILL);
+                        return Ok(());
+                    }
+                }
+            }
+            while let Some((pid, status)) = reap() {
+                if pid == self.active.pid {
+                    self.hear_last_words()?;
+                    if status == 0 {
+                        return Ok(());
+                    }
+                    self.take_over(&describe(status))?;
+                } else if self.agent == Some(pid) {
+                    self.agent = None;
+                } else if let Some(i) = self.standbys.iter().position(|s| s.pid == pid) {
+                    self.standby_died(i, &describe(status));
+                } else if status == 0 && !self.resumed {
+                    // The waiting process of a daemon in the foreground: what it was to do is done.
+                    self.manager.say("READY=1");
+                }
+            }
+            self.check_pulse();
+            if self.died.is_none() {
+                self.manager.sign_of_life();
+            }
+            self.make_up_numbers();
+        }
+    }
+
+    /// Starts what is missing. What dies again and again is not started again at once.
+    fn make_up_numbers(&mut self) {
+        let now = Instant::now();
+        if self.device.is_some() && self.agent.is_none() && now >= self.agent_due {
+            self.agent_due = now + LOOK_EVERY;
+            self.start_agent();
+        }
+        if now >= self.standby_due {
+            self.stand_by();
+        }
+    }
+
+    /// One line of the active worker.
+    fn hear(&mut self) -> Result<()> {
+        let mut line = String::new();
+        if self.active.pipe.read_line(&mut line).unwrap_or(0) == 0 {
+            // It is ending: its death comes as a signal. Do not spin until then.
+            std::thread::sleep(Duration::from_millis(1));
+            return Ok(());
+        }
+        match line.trim_end().split_once(' ') {
+            Some(("live", rest)) => {
+                self.is_live(rest);
+                Ok(())
+            }
+            Some(("error", why)) if self.device.is_none() => Err(anyhow!("{why}")),
+            Some(("error", why)) => {
+                // In the foreground somebody may see it; in the background the next worker tries.
+                let _ = writeln!(std::io::stderr(), "ghostswap-ublk: a worker failed: {why}");
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// One line of a standby: that it is ready, or why it never will be.
+    fn hear_standby(&mut self, i: usize) {
+        let Some(standby) = self.standbys.get_mut(i) else { return };
+        let mut line = String::new();
+        match standby.pipe.read_line(&mut line) {
+            // It is ending: its death comes as a signal. Do not spin until then.
+            Ok(0) | Err(_) => std::thread::sleep(Duration::from_millis(1)),
+            Ok(_) => match line.trim_end().split_once(' ') {
+                None => {
+                    standby.ready = true;
+                    if self.upgrading {
+                        kill(self.active.pid, libc::SIGKILL);
+                    }
+                }
+                Some(("error", why)) => self.shared.set_upgrade_error(&format!("a new worker failed: {why}")),
+                _ => {}
+            },
+        }
+    }
+
+    fn standby_died(&mut self, i: usize, how: &str) {
+        self.standbys.remove(i);
+        if std::mem::take(&mut self.upgrading) && self.shared.upgrade_error().is_empty() {
+            self.shared.set_upgrade_error(&format!("a new worker {how}; the old one serves on"));
+        }
+        self.standby_due = Instant::now() + LOOK_EVERY;
+    }
+
+    /// Becomes the newer program that the agent was told of. If that fails, all is as before.
+    fn upgrade(&mut self) {
+        let program = self.shared.upgrade_wanted();
+        let why = match &self.device {
+            Some((id, path)) if self.recoverable && !self.upgrading && self.died.is_none() => {
+                let letter = Letter {
+                    version: HANDOVER_VERSION,
+                    program: -1,
+                    arena: self.arena.as_raw_fd(),
+                    board: self.shared.descriptors(),
+                    worker: (self.active.pid, self.active.pipe.get_ref().as_raw_fd()),
+                    standbys: self.standbys.iter().map(|s| s.pid).collect(),
+                    agent: self.agent,
+                    device: (*id, path.to_string_lossy().into_owned()),
+                };
+                format!("{:#}", letter.send(&program))
+            }
+            _ => "not now: a take-over is under way, or this kernel has no recovery".to_owned(),
+        };
+        self.shared.set_upgrade_error(&why);
+    }
+
+    fn is_live(&mut self, said: &str) {
+        if let Some(died) = self.died.take() {
+            let (board, us) = (self.shared.board, died.elapsed().as_micros() as u64);
+            board.last_take_over_us.store(us, Ordering::Relaxed);
+            board.longest_take_over_us.fetch_max(us, Ordering::Relaxed);
+        }
+        self.pulse.restart();
+        self.active.since = Instant::now();
+        let mut words = said.splitn(3, ' ');
+        let (id, recoverable, path) = (words.next(), words.next(), words.next().unwrap_or(""));
+        self.recoverable = recoverable == Some("true");
+        if let Some(id) = id.and_then(|id| id.parse().ok()) {
+            self.device = Some((id, path.into()));
+        }
+        self.tell_manager(path);
+    }
+
+    /// A new device is ready only when the waiting process has swapped it on.
+    fn tell_manager(&mut self, path: &str) {
+        let mut lines = format!("STATUS={path} is served by process {}", self.active.pid);
+        if self.resumed {
+            lines += &format!("\n{}MAINPID={}\nREADY=1", self.manager.watchdog_line(), std::process::id());
+        }
+        self.manager.say(&lines);
+    }
+
+    /// What a dead worker said and nobody had read.
+    fn hear_last_words(&mut self) -> Result<()> {
+        self.active.pipe.get_ref().set_nonblocking(true)?;
+        self.hear()
+    }
+
+    fn take_over(&mut self, why: &str) -> Result<()> {
+        let died = *self.died.get_or_insert_with(Instant::now);
+        let Some((id, _)) = self.device else { bail!("the worker {why} before the device was live") };
+        if !device::kernel_has(id) {
+            bail!("the worker {why} and ublkb{id} is gone");
+        }
+        if !self.recoverable {
+            bail!("the worker {why}: this kernel cannot hand ublkb{id} to another");
+        }
+        self.pause_after(self.active.since.elapsed());
+        let board = self.shared.board;
+        let upgraded = std::mem::take(&mut self.upgrading);
+        if upgraded { &board.upgrades } else { &board.taken_over }.fetch_add(1, Ordering::Relaxed);
+        board.generation.fetch_add(1, Ordering::Relaxed);
+        let order = match upgraded {
+            true => "recover was of an older program".to_owned(),
+            false => {
+                format!("recover {why}, {} of {} standbys ready", ready_count(&self.standbys), self.standbys.len())
+            }
+        };
+        // One that is not ready yet will be soonest; one that cannot be told is dead.
+        self.standbys.sort_by_key(|s| !s.ready);
+        let mut ready = None;
+        while ready.is_none() && !self.standbys.is_empty() {
+            let mut first = self.standbys.remove(0);
+            ready = first.order(&order).is_ok().then_some(first);
+        }
+        let ready = match ready {
+            Some(standby) => standby,
+            None => {
+                let mut fresh = start(self.add, &self.arena, &self.shared, Some(id))?;
+                fresh.order(&order)?;
+                fresh
+            }
+        };
+        self.active = Worker { since: died, ..ready };
+        self.pulse.restart();
+        Ok(())
+    }
+
+    /// Kills a worker of which a queue shows no sign of life. One that is taking over waits for the
+    /// driver, which waits for the kernel to clear away the dead one: it has more time.
+    fn check_pulse(&mut self) {
+        let watchdog = Duration::from_secs(self.add.watchdog.into());
+        if watchdog.is_zero() || self.device.is_none() || self.upgrading {
+            return;
+        }
+        let patience = if self.died.is_some() { watchdog.max(TAKE_OVER_PATIENCE) } else { watchdog };
+        if self.pulse.quiet_for(&self.shared) >= patience {
+            // SIGKILL works on a stopped process too; its death is the take-over's beginning.
+            self.died.get_or_insert_with(Instant::now);
+            kill(self.active.pid, libc::SIGKILL);
+            self.pulse.restart();
+        }
+    }
+
+    /// Has one more worker stand by, if one is missing and none is on its way. What it takes of a
+    /// machine short of memory would be missing in a take-over, so the last but one can wait.
+    fn stand_by(&mut self) {
+        let missing = self.standbys.len() < STANDBYS && self.standbys.iter().all(|s| s.ready);
+        if !self.recoverable || !missing || (!self.standbys.is_empty() && self.spare.bytes() < STANDBY_COST) {
+            return;
+        }
+        // Without one a worker is forked when it is needed.
+        let id = self.device.as_ref().map(|(id, _)| *id);
+        self.standbys.extend(start(self.add, &self.arena, &self.shared, id).ok());
+    }
+
+    fn start_agent(&mut self) {
+        let Some((id, path)) = &self.device else { return };
+        let tell = self.tell.take();
+        let mut keep = self.shared.descriptors().to_vec();
+        keep.extend(tell.as_ref().map(|t| t.as_raw_fd()));
+        // Without one the device goes on, and nobody can ask how it is.
+        self.agent = child(c"gs-agent", keep, || agent::run(self.add, *id, path, self.shared.clone(), tell)).ok();
+    }
+
+    fn pause_after(&mut self, lived: Duration) {
+        self.short_lives = if lived < SHORT_LIFE { self.short_lives + 1 } else { 0 };
+        if self.short_lives > CHANCE {
+            std::thread::sleep((BACK_OFF * self.short_lives).min(LONGEST_PAUSE));
+        }
+    }
+
+    /// The device is gone, or was never there.
+    fn end(&mut self) {
+        self.manager.say("STOPPING=1");
+        if let Some((id, _)) = self.device {
+            let _ = std::fs::remove_file(control::socket_path(id));
+        }
+        self.agent.into_iter().chain(self.standbys.iter().map(|s| s.pid)).for_each(|pid| kill(pid, libc::SIGKILL));
+    }
+}
+
+impl Pulse {
+    fn new() -> Pulse {
+        Pulse { beats: [0; MAX_QUEUES], since: [Instant::now(); MAX_QUEUES] }
+    }
+
+    /// A worker begins.
+    fn restart(&mut self) {
+        self.since = [Instant::now(); MAX_QUEUES];
+    }
+
+    /// For how long the quietest queue has shown no sign of life.
+    fn quiet_for(&mut self, shared: &Shared) -> Duration {
+        let now = Instant::now();
+        let mut longest = Duration::ZERO;
+        for q in 0..shared.board.queues.load(Ordering::Relaxed) as usize {
+            let beat = shared.board.beats[q].load(Ordering::Relaxed);
+            if beat != self.beats[q] {
+                (self.beats[q], self.since[q]) = (beat, now);
+            }
+            longest = longest.max(now - self.since[q]);
+        }
+        longest
+    }
+}
+
+fn ready_count(standbys: &[Worker]) -> usize {
+    standbys.iter().filter(|s| s.ready).count()
+}
+
+impl Worker {
+    fn new(pid: libc::pid_t, pipe: UnixStream) -> Worker {
+        Worker { pid, pipe: BufReader::with_capacity(512, pipe), since: Instant::now(), ready: false }
+    }
+
+    fn order(&mut self, line: &str) -> std::io::Result<()> {
+        self.pipe.get_mut().write_all(format!("{line}\n").as_bytes())
+    }
+}
+
+/// Forks a worker that stands by.
+fn start(add: &Add, arena: &OwnedFd, shared: &Arc<Shared>, device: Option<u32>) -> Result<Worker> {
+    let (ours, theirs) = UnixStream::pair().context("cannot make a socket pair")?;
+    let mut tell = theirs.try_clone().context("cannot duplicate a pipe")?;
+    let arena = arena.try_clone().context("cannot duplicate the arena's descriptor")?;
+    let mut keep = shared.descriptors().to_vec();
+    keep.extend([arena.as_raw_fd(), theirs.as_raw_fd(), tell.as_raw_fd()]);
+    let setup = Setup { add, arena, shared: shared.clone(), pipe: theirs, device };
+    let pid = child(c"gs-worker", keep, || {
+        let done = worker::run(setup);
+        if let Err(e) = &done {
+            daemon::tell_error(&mut tell, e);
+        }
+        done
+    })?;
+    Ok(Worker::new(pid, ours))
+}
+
+/// Forks a child that does `work` with these descriptors and ends.
+fn child(name: &std::ffi::CStr, keep: Vec<RawFd>, work: impl FnOnce() -> Result<()>) -> Result<libc::pid_t> {
+    let pid = fork()?;
+    if pid == 0 {
+        protect::name(name);
+        close_others(keep);
+        std::process::exit(i32::from(work().is_err()));
+    }
+    Ok(pid)
+}
+
+/// Closes what a child has of its supervisor's: pipes of other workers must end with the supervisor,
+/// and the command waits for the end of its own. The child leaves by `exit`, so nothing that still
+/// owns one of these numbers is dropped.
+fn close_others(mut keep: Vec<RawFd>) {
+    keep.sort_unstable();
+    let mut first = 3;
+    for fd in keep {
+        if fd > first {
+            close_range(first, fd - 1);
+        }
+        first = fd + 1;
+    }
+    close_range(first, RawFd::MAX);
+}
+
+fn close_range(first: RawFd, last: RawFd) {
+    // SAFETY: takes no pointers; see the caller for who owned the descriptors.
+    unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
+}
+
+fn kill(pid: libc::pid_t, signal: libc::c_int) {
+    // SAFETY: a child of ours that has not been waited for.
+    unsafe { libc::kill(pid, signal) };
+}
+
+/// A child that ended, and its wait status.
+fn reap() -> Option<(libc::pid_t, i32)> {
+    let mut status = 0;
+    // SAFETY: the status is live; no option blocks.
+    let pid = unsafe { libc::waitpid(-1, &mut status, libc::WNOHANG) };
+    (pid > 0).then_some((pid, status))
+}
+
+fn describe(status: i32) -> String {
+    match libc::WIFSIGNALED(status) {
+        true => format!("was killed by signal {}", libc::WTERMSIG(status)),
+        false => format!("ended with status {}", libc::WEXITSTATUS(status)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_queue_that_stops_is_noticed_and_one_that_goes_on_is_not() {
+        let shared = Shared::new().unwrap();
+        let mut pulse = Pulse::new();
+        shared.board.queues.store(2, Ordering::Relaxed);
+        std::thread::sleep(Duration::from_millis(20));
+        shared.board.beats[0].fetch_add(1, Ordering::Relaxed);
+        assert!(pulse.quiet_for(&shared) >= Duration::from_millis(20), "queue 1 has not moved");
+        shared.board.beats[1].fetch_add(1, Ordering::Relaxed);
+        assert!(pulse.quiet_for(&shared) < Duration::from_millis(20));
+        std::thread::sleep(Duration::from_millis(20));
+        pulse.restart();
+        assert!(pulse.quiet_for(&shared) < Duration::from_millis(20), "a new worker has its time");
+    }
+}

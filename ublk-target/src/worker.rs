@@ -1,0 +1,324 @@
+//! A worker: the process that serves a device, from standing by to its end.
+//!
+//! Standing by ([`Ready`]): protected and resident, with the arena mapped, every thread started,
+//! every ring made and the device watched. Ordered, it opens the store on the supervisor's arena,
+//! makes the kernel's device or claims the one that a dead worker left, hands its lanes to the
+//! queues' threads and goes live. Between a death and that nothing can free memory, so all that can
+//! be done beforehand has been, and what is left runs as a real-time thread: those may take what
+//! the page allocator refuses to others.
+//!
+//! Live, the main thread sleeps in `poll` until the agent's bell rings. Stop: the driver drains the
+//! device's requests while the queues still serve, then the queues end, then the device is deleted.
+
+use crate::board::Shared;
+use crate::cli::{self, Add, DEFAULT_TIER};
+use crate::control::{Answer, Request};
+use crate::handover::HANDOVER_VERSION;
+use crate::{device, log, protect, queue, signals};
+use anyhow::{anyhow, bail, Context, Result};
+use ghostswap::config::{format_size, StoreConfig};
+use ghostswap::{Standby, Store, Volume};
+use libublk::ctrl::UblkCtrl;
+use libublk::io::UblkDev;
+use serde_json::json;
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How often trouble on the queues is reported at most.
+const REPORT_EVERY: Duration = Duration::from_secs(10);
+/// How often a worker that stands by follows the arena's growth.
+const KEEP_UP_EVERY: Duration = Duration::from_millis(250);
+/// Exit status of a worker whose device is to be taken over although it was not killed.
+pub const EXIT_TAKE_OVER: i32 = 75;
+
+/// What a worker is made of; all of it there before the fork.
+pub struct Setup<'a> {
+    /// The command line.
+    pub add: &'a Add,
+    /// The arena's file.
+    pub arena: OwnedFd,
+    /// The board.
+    pub shared: Arc<Shared>,
+    /// Orders down, news up.
+    pub pipe: UnixStream,
+    /// The device to take over; None: it is to be made.
+    pub device: Option<u32>,
+}
+
+/// A worker that stands by.
+struct Ready<'a> {
+    add: &'a Add,
+    shared: Arc<Shared>,
+    standby: Standby,
+    queues: Vec<queue::Idle>,
+    watched: Option<UblkCtrl>,
+}
+
+/// A live device.
+struct Device {
+    shared: Arc<Shared>,
+    ctrl: UblkCtrl,
+    path: PathBuf,
+    store: Store,
+    volume: Volume,
+    queues: Vec<queue::Running>,
+    recovered: bool,
+}
+
+/// What took how long on the way to live.
+struct Steps {
+    last: Instant,
+    taken: [(&'static str, Duration); 5],
+    count: usize,
+}
+
+impl Steps {
+    fn new() -> Steps {
+        Steps { last: Instant::now(), taken: [("", Duration::ZERO); 5], count: 0 }
+    }
+
+    fn done(&mut self, what: &'static str) {
+        let now = Instant::now();
+        self.taken[self.count] = (what, now - self.last);
+        (self.last, self.count) = (now, self.count + 1);
+    }
+}
+
+/// A worker's life. Ends well when the device was stopped, or when no order came.
+pub fn run(setup: Setup<'_>) -> Result<()> {
+    protect::process()?;
+    signals::block(&[libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGCHLD])?;
+    protect::first_in_line(protect::TAKE_OVER_PRIORITY);
+    log::start(&setup.shared);
+    let mut tell = setup.pipe.try_clone().context("cannot duplicate the pipe")?;
+    let mut orders = BufReader::with_capacity(512, setup.pipe);
+    let mut ready = Ready::new(setup.add, setup.arena, setup.shared, setup.device)?;
+    let _ = writeln!(tell, "ready");
+    let Some(order) = ready.wait_for_order(&mut orders)? else { return Ok(()) };
+    let mut steps = Steps::new();
+    let (device, dev) = ready.go_live(&order, &mut steps)?;
+    let _ =
+        writeln!(tell, "live {} {} {}", device.ctrl.dev_info().dev_id, device::can_recover(), device.path.display());
+    protect::as_any_other();
+    device.settle(&order, &steps);
+    device.wait_for_stop();
+    device.stop(dev);
+    Ok(())
+}
+
+impl<'a> Ready<'a> {
+    fn new(add: &'a Add, arena: OwnedFd, shared: Arc<Shared>, id: Option<u32>) -> Result<Ready<'a>> {
+        let mut tiers = add.tiers.clone();
+        if tiers.is_empty() {
+            tiers.push(DEFAULT_TIER.parse().map_err(|e: String| anyhow!(e))?);
+        }
+        let config = StoreConfig {
+            tiers,
+            max_lanes: usize::from(add.queues),
+            thread_start: Some(protect::store_thread),
+            ..StoreConfig::default()
+        };
+        let standby = Standby::new(config, arena)?;
+        let start = |qid| queue::Idle::start(qid, add.depth, shared.clone());
+        let queues = (0..add.queues).map(start).collect::<Result<_>>()?;
+        let watched = id.map(|id| device::watch(add, id)).transpose()?;
+        let mut ready = Ready { add, shared, standby, queues, watched };
+        ready.standby.keep_up()?;
+        protect::make_resident()?;
+        Ok(ready)
+    }
+
+    /// None: there will be none, the supervisor is gone or needs this one no more.
+    fn wait_for_order(&mut self, orders: &mut BufReader<UnixStream>) -> Result<Option<String>> {
+        loop {
+            let [ordered] = signals::poll([orders.get_ref().as_raw_fd()], KEEP_UP_EVERY);
+            if ordered {
+                let mut line = String::new();
+                let n = orders.read_line(&mut line).context("no orders")?;
+                return Ok((n > 0).then(|| line.trim_end().to_owned()));
+            }
+            self.standby.keep_up()?;
+        }
+    }
+
+    /// Returns once the kernel's device answers.
+    fn go_live(self, order: &str, steps: &mut Steps) -> Result<(Device, Arc<UblkDev>)> {
+        let recovered = match (order.split(' ').next(), &self.watched) {
+            (Some("add"), None) => false,
+            (Some("recover"), Some(_)) => true,
+            _ => bail!("bad order: {order}"),
+        };
+        let store = self.standby.open()?;
+        steps.done("store");
+        let volume = match store.volumes().into_iter().next() {
+            Some(volume) => volume,
+            None => store.create_volume(self.add.size)?,
+        };
+        let ctrl = match self.watched {
+            Some(ctrl) => {
+                device::claim(&ctrl)?;
+                ctrl
+            }
+            None => device::make(self.add)?,
+        };
+        steps.done("claim");
+        let path = PathBuf::from(ctrl.get_bdev_path());
+        let dev = open_dev(&ctrl, &volume)?;
+        steps.done("open");
+        // The driver makes no more queues than there are CPUs; threads left over end.
+        let count = usize::from(dev.dev_info.nr_hw_queues);
+        self.shared.board.queues.store(count as u64, Ordering::Relaxed);
+        let idle = self.queues.into_iter().take(count);
+        let queues = idle.map(|q| q.run(&dev, volume.lane()?)).collect::<Result<_>>()?;
+        steps.done("queues");
+        ctrl.start_dev(&dev)
+            .map_err(|e| anyhow!("the ublk driver cannot start the device: {}", device::describe(&e)))?;
+        steps.done("start");
+        Ok((Device { shared: self.shared, ctrl, path, store, volume, queues, recovered }, dev))
+    }
+}
+
+/// Opens the device's own node, to be served: a moment after the last one who served it closed it.
+fn open_dev(ctrl: &UblkCtrl, volume: &Volume) -> Result<Arc<UblkDev>> {
+    let set = |dev: &mut UblkDev| {
+        device::set_params(dev, volume.bytes());
+        Ok(())
+    };
+    let dev = UblkDev::new("ghostswap".into(), set, ctrl)
+        .map_err(|e| anyhow!("cannot open the new device: {}", device::describe(&e)))?;
+    Ok(Arc::new(dev))
+}
+
+impl Device {
+    /// What can wait until the device is live.
+    fn settle(&self, order: &str, steps: &Steps) {
+        for queue in &self.queues {
+            self.ctrl.set_thread_affinity(queue.qid, queue.tid);
+        }
+        let path = self.path.display();
+        match order.split_once(' ') {
+            Some((_, why)) => tracing::warn!("{path}: taken over; the worker before {why}; {:?}", steps.taken),
+            None => tracing::info!("{path} is live"),
+        }
+    }
+
+    fn wait_for_stop(&self) {
+        let mut reported = self.counted();
+        loop {
+            let [asked] = signals::poll([self.shared.worker_bell()], REPORT_EVERY);
+            self.report(&mut reported);
+            if self.queues.iter().any(|q| q.thread.is_finished()) {
+                // The device is not to go with them: the next worker takes it over, if it is there.
+                tracing::error!("{}: a queue ended by itself", self.path.display());
+                std::process::exit(EXIT_TAKE_OVER);
+            }
+            if asked {
+                let (number, text) = self.shared.request();
+                let (answer, stop) = match serde_json::from_str(&text) {
+                    Ok(Request::Status) => (self.status(), false),
+                    Ok(Request::Stop { .. }) => (Answer::done(), true),
+                    Ok(Request::Resize { bytes }) => (self.resize(bytes), false),
+                    Ok(Request::Upgrade { .. }) => (Answer::refusal("that is the supervisor's"), false),
+                    Err(e) => (Answer::refusal(format!("bad request: {e}")), false),
+                };
+                self.shared.answer(number, &answer.to_line());
+                if stop {
+                    return;
+                }
+            }
+        }
+    }
+
+    fn stop(self, dev: Arc<UblkDev>) {
+        tracing::info!("{} stops", self.path.display());
+        if let Err(e) = self.ctrl.kill_dev() {
+            tracing::warn!("stop: {}", device::describe(&e));
+        }
+        for queue in self.queues {
+            let _ = queue.thread.join();
+        }
+        // The driver deletes a device once nobody has it open.
+        drop(dev);
+        if self.recovered {
+            // libublk deletes at the end only what this very process added.
+            if let Err(e) = self.ctrl.del_dev() {
+                tracing::warn!("delete: {}", device::describe(&e));
+            }
+        }
+    }
+
+    /// The volume first: the kernel must not ask for what is not there.
+    fn resize(&self, bytes: u64) -> Answer {
+        let path = self.path.display();
+        let now = self.volume.bytes();
+        if !device::can_resize() {
+            return Answer::refusal(format!(
+                "this kernel's ublk driver cannot resize a live device ({path} keeps its size)"
+            ));
+        }
+        if bytes < now {
+            // The driver would do it, under a swap area too.
+            return Answer::refusal(format!("{path} has {}: a device can only grow", format_size(now)));
+        }
+        if let Err(e) = self.volume.grow(bytes) {
+            return Answer::refusal(format!("{path}: {e}"));
+        }
+        match self.ctrl.update_size(bytes) {
+            Ok(_) => Answer::done(),
+            Err(e) => Answer::refusal(format!("the ublk driver cannot resize {path}: {}", device::describe(&e))),
+        }
+    }
+
+    fn status(&self) -> Answer {
+        let stats = self.store.stats();
+        let info = self.ctrl.dev_info();
+        let count = |c: &AtomicU64| c.load(Ordering::Relaxed);
+        let board = self.shared.board;
+        let device = json!({
+            "id": info.dev_id,
+            "path": self.path,
+            "size_bytes": self.volume.bytes(),
+            "pid": std::process::id(),
+            "queues": info.nr_hw_queues,
+            "depth": info.queue_depth,
+            "version": cli::VERSION,
+            "handover_version": HANDOVER_VERSION,
+            "arena_version": ghostswap::ARENA_VERSION,
+            "upgrades": count(&board.upgrades),
+            "upgrade_error": self.shared.upgrade_error(),
+            "taken_over": count(&board.taken_over),
+            "last_take_over_us": count(&board.last_take_over_us),
+            "longest_take_over_us": count(&board.longest_take_over_us),
+            "writes_parked": count(&board.counters.parked),
+            "writes_refused": count(&board.counters.refused),
+            "requests_failed": count(&board.counters.failed),
+            "oom_victims": count(&board.victims),
+            "stats": stats,
+        });
+        Answer { ok: true, device: Some(device), report: Some(stats.to_string()), error: None }
+    }
+
+    fn counted(&self) -> [u64; 3] {
+        let c = &self.shared.board.counters;
+        [&c.parked, &c.refused, &c.failed].map(|n| n.load(Ordering::Relaxed))
+    }
+
+    /// Logs what the queues counted since the last time.
+    fn report(&self, reported: &mut [u64; 3]) {
+        let now = self.counted();
+        if now[1] != reported[1] || now[2] != reported[2] {
+            tracing::warn!(
+                "since the last report {} writes waited for room, {} were refused, {} requests failed",
+                now[0] - reported[0],
+                now[1] - reported[1],
+                now[2] - reported[2]
+            );
+        }
+        *reported = now;
+    }
+}
