@@ -38,3 +38,7 @@ bench:
 # The same hog on zram and on ghostswap, in virtual time
 bench-zram:
     scripts/bench/zram
+
+# What the tests do in little, for hours
+torture *ARGS:
+    scripts/torture {{ARGS}}

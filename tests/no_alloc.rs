@@ -29,7 +29,8 @@ const LANE: &[libc::c_long] = &[libc::SYS_futex, libc::SYS_sched_yield];
 /// `write`, and `write_zeroes` of parts of pages, which may have to wait for room: these sleep.
 const PATIENT: &[libc::c_long] = &[libc::SYS_futex, libc::SYS_sched_yield, libc::SYS_clock_nanosleep];
 const CLEANER: &[libc::c_long] = LANE;
-/// Growth makes memory resident, gives it back and asks how much there is, and sleeps while a lane
+/// Growth makes memory resident, gives it back and asks how much there is (of
+/// /proc/zoneinfo too, by a descriptor that was opened before), and sleeps while a lane
 /// may still look at what it is to give back. (The clock is asked by a call where the kernel has no
 /// vDSO for it.)
 const GROWTH: &[libc::c_long] = &[
@@ -38,6 +39,7 @@ const GROWTH: &[libc::c_long] = &[
     libc::SYS_fallocate,
     libc::SYS_lseek,
     libc::SYS_sysinfo,
+    libc::SYS_pread64,
     libc::SYS_clock_nanosleep,
     libc::SYS_clock_gettime,
 ];
