@@ -96,6 +96,8 @@ fn swap_off_and_remove(id: u32) -> Result<()> {
         crate::daemon::run(Command::new("swapoff").arg(&area), "swapoff")
             .with_context(|| format!("{path} stays in use"))?;
     }
+    // udev looks at a device that was closed, and would meet one that is going away.
+    let _ = Command::new("udevadm").args(["settle", "--timeout=10"]).output();
     println!("removing {path}");
     crate::remove(id, false)
 }
