@@ -1,5 +1,6 @@
 //! The agent: the process of a device that may wait. It serves the control socket, writes out the
-//! log, looks at /proc and calls for help when the store stays full: all that asks the kernel for memory, or for a page that was swapped out.
+//! log, looks at /proc, keeps the swap windows and calls for help when the store stays full: all that asks
+//! the kernel for memory, or for a page that was swapped out.
 //! It holds nothing that others wait for; if it dies, the supervisor starts another.
 //!
 //! What it does not know itself it asks of the worker over the board.
@@ -8,6 +9,7 @@ use crate::board::Shared;
 use crate::cli::Add;
 use crate::control::{self, Answer, Request};
 use crate::shortage::Shortage;
+use crate::windows::{self, Keeper};
 use crate::{daemon, log, protect, signals};
 use anyhow::{Context, Result};
 use std::fs::{File, OpenOptions};
@@ -16,7 +18,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 const STACK_BYTES: usize = 128 << 10;
@@ -30,6 +32,7 @@ const SYSRQ: &str = "/proc/sysrq-trigger";
 struct Agent {
     path: PathBuf,
     shared: Arc<Shared>,
+    keeper: Arc<Mutex<Keeper>>,
     shortage: Shortage,
     /// Refusals for this long cost a victim; zero: they do not.
     oom_after: Duration,
@@ -57,22 +60,42 @@ pub fn run(add: &Add, id: u32, path: &Path, shared: Arc<Shared>, tell: Option<Un
     };
     let ring = shared.clone();
     let writer = std::thread::Builder::new().name("gs-log".into()).stack_size(STACK_BYTES);
+    let own = log::start_own(&shared);
     let drain = move || {
         protect::store_thread("log");
-        log::drain(&ring, sink)
+        log::drain(&ring, &own, sink)
     };
     writer.spawn(drain).context("cannot start the log thread")?;
+    let keeper = Arc::new(Mutex::new(Keeper::new(path, shared.clone(), add.priority.into())?));
+    keep_windows(&keeper)?;
     if let Some(mut tell) = tell {
         daemon::tell_live(&mut tell, path);
     }
     let mut agent = Agent {
         path: path.into(),
         shared,
+        keeper,
         shortage: Shortage::default(),
         oom_after: Duration::from_secs(add.oom_after.into()),
         sysrq: OpenOptions::new().write(true).open(SYSRQ).ok(),
     };
     agent.serve(&listener, &received)
+}
+
+/// The thread that looks after swap windows. It may wait for memory, by swap if need be, so it is no
+/// IO_FLUSHER; and real-time, so that what an opening needs may be had when others wait for it.
+fn keep_windows(keeper: &Arc<Mutex<Keeper>>) -> Result<()> {
+    let keeper = keeper.clone();
+    let body = move || {
+        protect::may_wait();
+        protect::first_in_line(protect::WINDOWS_PRIORITY);
+        loop {
+            let pause = keeper.lock().unwrap_or_else(PoisonError::into_inner).look();
+            std::thread::sleep(pause);
+        }
+    };
+    let thread = std::thread::Builder::new().name("gs-windows".into()).stack_size(STACK_BYTES);
+    thread.spawn(body).context("cannot start the windows' thread").map(drop)
 }
 
 impl Agent {
@@ -107,12 +130,56 @@ impl Agent {
         }
     }
 
+    /// The keeper, unless it is at work for long.
+    fn with_keeper(&self, work: impl FnOnce(&mut Keeper) -> Result<()>) -> Answer {
+        let began = Instant::now();
+        loop {
+            match self.keeper.try_lock() {
+                Ok(mut keeper) => {
+                    return match work(&mut keeper) {
+                        Ok(()) => Answer::done(),
+                        Err(e) => Answer::refusal(format!("{e:#}")),
+                    }
+                }
+                Err(_) if began.elapsed() >= PATIENCE => return Answer::refusal("a window is just being opened"),
+                Err(_) => std::thread::sleep(Duration::from_millis(5)),
+            }
+        }
+    }
+
+    /// What the worker says, and what the kernel says of swap.
+    fn status(&self) -> Answer {
+        let mut answer = self.ask_worker(r#"{"cmd":"status"}"#);
+        let swap = windows::describe(&self.path, &self.shared);
+        if let (Some(device), Some(report), Ok((value, lines))) = (&mut answer.device, &mut answer.report, swap) {
+            device["swap"] = value;
+            *report = format!("{lines}\n{report}");
+        }
+        answer
+    }
+
+    fn ask_worker(&self, text: &str) -> Answer {
+        match self.shared.ask(text, PATIENCE) {
+            Some(answer) => serde_json::from_str(&answer).unwrap_or_else(|e| Answer::refusal(e.to_string())),
+            None => Answer::refusal("the worker does not answer"),
+        }
+    }
+
     fn carry_out(&self, request: Request) -> Answer {
         let text = match request {
-            Request::Status => r#"{"cmd":"status"}"#,
+            Request::Status => return self.status(),
+            Request::SwapOn { what } => return self.with_keeper(|k| k.swap_on(what)),
+            Request::SwapOff {} => {
+                return self.with_keeper(|k| {
+                    k.let_go();
+                    Ok(())
+                })
+            }
             Request::Stop { force } if !force && control::in_use_as_swap(&self.path) => {
                 let path = self.path.display();
-                return Answer::refusal(format!("{path} is in use as swap: swapoff {path} first"));
+                return Answer::refusal(format!(
+                    "{path} is in use as swap: swap it off first, with ghostswap-ublk swapoff"
+                ));
             }
             Request::Stop { .. } => r#"{"cmd":"stop"}"#,
             Request::Resize { bytes } => &format!(r#"{{"cmd":"resize","bytes":{bytes}}}"#),
@@ -123,9 +190,6 @@ impl Agent {
                 }
             }
         };
-        match self.shared.ask(text, PATIENCE) {
-            Some(answer) => serde_json::from_str(&answer).unwrap_or_else(|e| Answer::refusal(e.to_string())),
-            None => Answer::refusal("the worker does not answer"),
-        }
+        self.ask_worker(text)
     }
 }

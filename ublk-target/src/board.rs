@@ -19,6 +19,7 @@
 #![allow(unsafe_code)] // memfd, mmap, eventfd.
 
 use crate::queue::Counters;
+use crate::windows::Published;
 use anyhow::{Context, Result};
 use std::io::Error as OsError;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -51,6 +52,10 @@ pub struct Board {
     pub upgrades: AtomicU64,
     /// What the queues have to tell, of all workers so far.
     pub counters: Counters,
+    /// What the store holds, so far as the worker has told.
+    pub held: Published,
+    /// Whether swap windows are kept (`windows/mod.rs`).
+    pub windows: AtomicU64,
     /// Times that the OOM killer was called because the store stayed full.
     pub victims: AtomicU64,
     /// Log records that found no room.
@@ -232,6 +237,11 @@ impl Shared {
         let put = self.board.upgrade_to.put(0, program.as_bytes());
         ring(&self.to_supervisor);
         put
+    }
+
+    /// Has the agent's log thread look.
+    pub fn ring_log(&self) {
+        ring(&self.log_bell);
     }
 
     /// Waits for log records and takes all that there are.

@@ -1,6 +1,6 @@
 //! The command line: raw arguments become checked values here and nowhere else.
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use ghostswap::config::{parse_size, TierConfig};
 use ghostswap::MAX_VOLUME_BYTES;
 use std::path::PathBuf;
@@ -36,6 +36,10 @@ pub enum Command {
     Del(Del),
     /// Swap a device off and remove it, unless what is swapped out would not fit into memory
     Stop(Stop),
+    /// Have the kernel swap to a device, by windows that are opened and closed as needed
+    Swapon(SwapOnArgs),
+    /// Swap a device off, or one window of it; ended halfway, what is left stays in use
+    Swapoff(SwapOffArgs),
     /// Make a live device larger
     Resize(Resize),
     /// Replace the running daemon of a device by this program, while the device is in use
@@ -75,12 +79,50 @@ pub struct Add {
     /// Stay in the foreground and log to stderr
     #[arg(long)]
     pub foreground: bool,
-    /// Make the device a swap area and turn it on
-    #[arg(long)]
-    pub swapon: bool,
+    /// Swap to the device: by windows, opened and closed as needed (the default), or the whole as one area
+    #[arg(long, value_enum, value_name = "HOW", num_args = 0..=1, require_equals = true, default_missing_value = "windows")]
+    pub swapon: Option<SwapMode>,
+    /// Priority of the first window or of the whole as a swap area; each next window's is lower
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(i16).range(0..))]
+    pub priority: i16,
     /// If the device is served already, replace its daemon by this program instead
     #[arg(long, requires = "id")]
     pub or_upgrade: bool,
+}
+
+/// How to swap to a new device.
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+pub enum SwapMode {
+    /// Windows.
+    Windows,
+    /// One area.
+    Whole,
+}
+
+/// `swapon`.
+#[derive(Args)]
+pub struct SwapOnArgs {
+    /// Number of the device
+    pub id: u32,
+    /// Open one more window, of this size, instead of having windows kept
+    #[arg(long, value_name = "SIZE", value_parser = window_bytes, conflicts_with = "whole")]
+    pub window: Option<u64>,
+    /// As one area
+    #[arg(long)]
+    pub whole: bool,
+}
+
+/// `swapoff`.
+#[derive(Args)]
+pub struct SwapOffArgs {
+    /// Number of the device
+    pub id: u32,
+    /// Only this window, as in /dev/ublkb0pN [default: all]
+    #[arg(long, value_name = "N")]
+    pub window: Option<u32>,
+    /// Bring back at most this much a second, as in 64M [default: as fast as it goes]
+    #[arg(long, value_name = "SIZE", value_parser = rate)]
+    pub rate: Option<u64>,
 }
 
 /// `status`.
@@ -153,6 +195,20 @@ fn volume_bytes(text: &str) -> Result<u64, String> {
         return Err("the size must be a multiple of 4096".into());
     }
     Ok(bytes)
+}
+
+fn window_bytes(text: &str) -> Result<u64, String> {
+    match volume_bytes(text)? {
+        bytes if bytes >= 4 << 20 => Ok(bytes),
+        _ => Err("a window needs at least 4M".into()),
+    }
+}
+
+fn rate(text: &str) -> Result<u64, String> {
+    match parse_size(text)? {
+        0 => Err("at least 1".into()),
+        bytes => Ok(bytes),
+    }
 }
 
 fn tier(text: &str) -> Result<TierConfig, String> {

@@ -6,6 +6,8 @@
 //! | `{"cmd":"status"}` | `{"ok":true,"device":{…,"stats":{…}},"report":"…"}` |
 //! | `{"cmd":"stop","force":false}` | `{"ok":true}` once the device is going away |
 //! | `{"cmd":"resize","bytes":8192}` | `{"ok":true}` once the device has that size |
+//! | `{"cmd":"swapon","what":"windows"}` | `{"ok":true}` once it is swapped to; also `"whole"`, `{"window":BYTES}` |
+//! | `{"cmd":"swapoff"}` | `{"ok":true}`: the daemon opens and closes no more windows |
 //! | `{"cmd":"upgrade","program":"/path"}` | `{"ok":true}` once the supervisor was told; status tells the rest |
 //!
 //! A refusal is `{"ok":false,"error":"one line"}`. The agent serves it; a client that sends nothing
@@ -46,11 +48,30 @@ pub enum Request {
         /// Its new size in bytes.
         bytes: u64,
     },
+    /// Have the kernel swap to the device.
+    SwapOn {
+        /// How.
+        what: SwapOn,
+    },
+    /// Leave the device's swap areas alone from now on: they are being swapped off.
+    SwapOff {},
     /// Replace supervisor and worker by this program's.
     Upgrade {
         /// Its path.
         program: PathBuf,
     },
+}
+
+/// How a device is to be swapped to.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, PartialEq)]
+#[serde(rename_all = "lowercase")]
+pub enum SwapOn {
+    /// By windows that are opened and closed as needed.
+    Windows,
+    /// By one more window, of so many bytes.
+    Window(u64),
+    /// As one area.
+    Whole,
 }
 
 /// An answer.

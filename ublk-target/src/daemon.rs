@@ -87,19 +87,3 @@ pub fn wait_live(mut pipe: UnixStream) -> Result<PathBuf> {
         _ => bail!("the daemon died before the device was live; see /run/ghostswap and the kernel's log"),
     }
 }
-
-/// Makes the device a swap area and turns it on with discards.
-pub fn swap_on(device: &Path) -> Result<()> {
-    run(std::process::Command::new("mkswap").arg(device), "mkswap")?;
-    run(std::process::Command::new("swapon").arg("--discard").arg(device), "swapon")
-}
-
-/// Runs a program; what it says last is why it failed.
-pub fn run(command: &mut std::process::Command, name: &str) -> Result<()> {
-    let done = command.stdout(std::process::Stdio::null()).output().with_context(|| format!("cannot run {name}"))?;
-    if done.status.success() {
-        return Ok(());
-    }
-    let why = String::from_utf8_lossy(&done.stderr);
-    bail!("{name} failed: {}", why.trim().lines().last().unwrap_or("no reason given"))
-}

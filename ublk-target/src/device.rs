@@ -33,6 +33,11 @@ pub fn check_driver(id: Option<u32>) -> Result<()> {
     }
 }
 
+/// The number of a device, by its path.
+pub fn id_of(path: &Path) -> Option<u32> {
+    path.to_str()?.strip_prefix("/dev/ublkb")?.parse().ok()
+}
+
 /// Whether the kernel has a device of this number, whoever serves it.
 pub fn kernel_has(id: u32) -> bool {
     Path::new(&format!("/sys/class/ublk-char/ublkc{id}")).exists() || Path::new(&format!("/dev/ublkc{id}")).exists()

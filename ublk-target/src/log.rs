@@ -10,7 +10,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::path::Path;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use tracing_subscriber::fmt::MakeWriter;
 
 /// A log file is started afresh beyond this size.
@@ -52,6 +52,37 @@ impl<'a> MakeWriter<'a> for RingWriter {
     }
 }
 
+/// What the agent itself has to log, until its log thread takes it.
+#[derive(Clone)]
+pub struct Own(Arc<(Arc<Shared>, Mutex<Vec<u8>>)>);
+
+impl Write for Own {
+    fn write(&mut self, record: &[u8]) -> io::Result<usize> {
+        let (shared, records) = &*self.0;
+        records.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(record);
+        shared.ring_log();
+        Ok(record.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl<'a> MakeWriter<'a> for Own {
+    type Writer = Own;
+    fn make_writer(&'a self) -> Own {
+        self.clone()
+    }
+}
+
+/// Installs the agent's subscriber.
+pub fn start_own(shared: &Arc<Shared>) -> Own {
+    let own = Own(Arc::new((shared.clone(), Mutex::new(Vec::new()))));
+    tracing_subscriber::fmt().with_writer(own.clone()).with_ansi(false).with_target(false).init();
+    own
+}
+
 /// Installs a worker's subscriber.
 pub fn start(shared: &Arc<Shared>) {
     let writer = RingWriter(Arc::new((shared.clone(), Mutex::new(()))));
@@ -80,11 +111,12 @@ impl Sink {
     }
 }
 
-/// Writes out what workers log. The agent's log thread; does not return.
-pub fn drain(shared: &Shared, mut sink: Sink) {
+/// Writes out what workers and the agent log. The agent's log thread; does not return.
+pub fn drain(shared: &Shared, own: &Own, mut sink: Sink) {
     let mut batch = Vec::new();
     loop {
         shared.take_log(&mut batch);
+        batch.append(&mut own.0 .1.lock().unwrap_or_else(PoisonError::into_inner));
         sink.put(&batch);
         batch.clear();
         let dropped = shared.board.log_dropped.swap(0, Ordering::Relaxed);

@@ -3,7 +3,7 @@
 //! This front end translates and decides nothing: `queue` turns block requests into the store's
 //! calls, `device` speaks to the driver. Its processes: the command (`daemon`), the `supervise`r that
 //! keeps what is stored, the `worker` that serves and the one that stands by, the `agent` that
-//! answers `control` messages and writes the `log`; they share the `board`. `protect` keeps them out
+//! answers `control` messages, keeps the swap `windows` and writes the `log`; they share the `board`. `protect` keeps them out
 //! of their own swap, `doctor` looks at the machine, `notify` and `unit` get along with systemd.
 //!
 //! Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong usage.
@@ -24,12 +24,13 @@ mod shortage;
 mod signals;
 mod supervise;
 mod unit;
+mod windows;
 mod worker;
 
 use anyhow::{anyhow, bail, Context, Result};
 use clap::Parser;
-use cli::{Cli, Command};
-use control::Request;
+use cli::{Cli, Command, SwapMode};
+use control::{Request, SwapOn};
 use daemon::Role;
 use ghostswap::config::format_size;
 use libublk::ctrl::UblkCtrl;
@@ -48,6 +49,8 @@ fn main() -> ExitCode {
         Command::Status(wanted) => status(wanted.id, wanted.json),
         Command::Del(del) => remove(del.id, del.force),
         Command::Stop(stop) => unit::stop(stop.id, stop.unit.as_deref()),
+        Command::Swapon(how) => windows::swap_on(how.id, wanted(&how)),
+        Command::Swapoff(what) => windows::swap_off(what.id, what.window, what.rate),
         Command::Resize(resize) => run_resize(resize.id, resize.size),
         Command::Upgrade(upgrade) => run_upgrade(upgrade.id, upgrade.program),
         Command::Formats => {
@@ -93,14 +96,23 @@ fn run_add(add: &cli::Add) -> Result<()> {
             };
             println!("{}", path.display());
             let mut done = Ok(());
-            if add.swapon {
-                done = daemon::swap_on(&path).with_context(|| format!("{} is live but not swap", path.display()));
+            if let (Some(how), Some(id)) = (add.swapon, device::id_of(&path)) {
+                let what = if how == SwapMode::Whole { SwapOn::Whole } else { SwapOn::Windows };
+                done = windows::swap_on(id, what).with_context(|| format!("{} is live but not swap", path.display()));
             }
             if add.foreground && done.is_err() {
                 unit::take_down(&path);
             }
             done
         }
+    }
+}
+
+fn wanted(how: &cli::SwapOnArgs) -> SwapOn {
+    match (how.whole, how.window) {
+        (true, _) => SwapOn::Whole,
+        (false, Some(bytes)) => SwapOn::Window(bytes),
+        (false, None) => SwapOn::Windows,
     }
 }
 
@@ -202,7 +214,7 @@ fn remove(id: u32, force: bool) -> Result<()> {
     let path = PathBuf::from(format!("/dev/ublkb{id}"));
     let shown = path.display();
     if !force && control::in_use_as_swap(&path) {
-        bail!("{shown} is in use as swap: swapoff {shown} first");
+        bail!("{shown} is in use as swap: ghostswap-ublk swapoff {id} first");
     }
     let socket = control::socket_path(id);
     let ours = socket.exists();

@@ -24,6 +24,8 @@ const RESERVATION_BYTES: usize = 64 << 20;
 pub const SUPERVISOR_PRIORITY: libc::c_int = 3;
 /// A take-over's: growth must not hold it up.
 pub const TAKE_OVER_PRIORITY: libc::c_int = 2;
+/// The windows': less than all of them.
+pub const WINDOWS_PRIORITY: libc::c_int = 1;
 const GROWTH_PRIORITY: libc::c_int = 1;
 /// How much of the main thread's stack is touched beforehand.
 const MAIN_STACK_BYTES: usize = 64 << 10;
@@ -70,6 +72,12 @@ pub fn name(name: &std::ffi::CStr) {
 /// Makes the calling thread an IO_FLUSHER and reads it back.
 pub fn thread() -> Result<()> {
     demand(become_flusher(), "cannot make a thread an IO_FLUSHER")
+}
+
+/// Lets the calling thread wait for swap-out as any other program does: for one that nobody waits for.
+pub fn may_wait() {
+    // SAFETY: acts on the calling thread and takes no pointers.
+    unsafe { libc::prctl(PR_SET_IO_FLUSHER, 0, 0, 0, 0) };
 }
 
 fn become_flusher() -> bool {

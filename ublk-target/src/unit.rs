@@ -87,15 +87,7 @@ pub fn stop(id: u32, unit: Option<&str>) -> Result<()> {
 
 fn swap_off_and_remove(id: u32) -> Result<()> {
     let path = format!("/dev/ublkb{id}");
-    let read = |path: &str| std::fs::read_to_string(path).with_context(|| format!("cannot read {path}"));
-    let areas = areas_of(&read("/proc/swaps")?, Path::new(&path));
-    check_room(&read("/proc/swaps")?, &read("/proc/meminfo")?, &areas)
-        .map_err(|why| anyhow!("{path} stays in use: {why}"))?;
-    for area in areas {
-        println!("swapoff {area}");
-        crate::daemon::run(Command::new("swapoff").arg(&area), "swapoff")
-            .with_context(|| format!("{path} stays in use"))?;
-    }
+    crate::windows::swap_off(id, None, None)?;
     // udev looks at a device that was closed, and would meet one that is going away.
     let _ = Command::new("udevadm").args(["settle", "--timeout=10"]).output();
     println!("removing {path}");
@@ -137,15 +129,9 @@ fn options(cmdline: &str) -> &str {
     cmdline.split_once('\0').map_or("", |(_, rest)| rest)
 }
 
-/// The swap areas on a device, in the order of /proc/swaps.
-fn areas_of(swaps: &str, device: &Path) -> Vec<String> {
-    let names = swaps.lines().skip(1).filter_map(|l| l.split_ascii_whitespace().next());
-    names.filter(|name| control::lists_swap(name, device)).map(str::to_owned).collect()
-}
-
 /// Whether what is in these areas fits into memory and the other areas. The kernel would find out
 /// too, after it has made everything else stand still for it.
-fn check_room(swaps: &str, meminfo: &str, areas: &[String]) -> Result<(), String> {
+pub fn check_room(swaps: &str, meminfo: &str, areas: &[String]) -> Result<(), String> {
     let (mut used, mut room) = (0, 0);
     for line in swaps.lines().skip(1) {
         let words: Vec<&str> = line.split_ascii_whitespace().collect();
@@ -179,8 +165,7 @@ mod tests {
 
     #[test]
     fn only_what_fits_is_swapped_off() {
-        let areas = areas_of(SWAPS, Path::new("/dev/ublkb0"));
-        assert_eq!(areas, ["/dev/ublkb0p1", "/dev/ublkb0p2"]);
+        let areas = ["/dev/ublkb0p1", "/dev/ublkb0p2"].map(str::to_owned);
         // 1500 KiB used; 700 free in the other area, and memory less the 32nd that is to stay free.
         let meminfo = |available: u32| format!("MemTotal: 3200 kB\nMemFree: 1 kB\nMemAvailable: {available} kB\n");
         assert_eq!(check_room(SWAPS, &meminfo(900), &areas), Ok(()));

@@ -14,6 +14,7 @@ use crate::board::Shared;
 use crate::cli::{self, Add, DEFAULT_TIER};
 use crate::control::{Answer, Request};
 use crate::handover::HANDOVER_VERSION;
+use crate::windows::Held;
 use crate::{device, log, protect, queue, signals};
 use anyhow::{anyhow, bail, Context, Result};
 use ghostswap::config::{format_size, StoreConfig};
@@ -31,6 +32,8 @@ use std::time::{Duration, Instant};
 
 /// How often trouble on the queues is reported at most.
 const REPORT_EVERY: Duration = Duration::from_secs(10);
+/// How often to tell what the store holds, if that has changed.
+const PUBLISH_EVERY: Duration = Duration::from_millis(200);
 /// How often a worker that stands by follows the arena's growth.
 const KEEP_UP_EVERY: Duration = Duration::from_millis(250);
 /// Exit status of a worker whose device is to be taken over although it was not killed.
@@ -209,9 +212,14 @@ impl Device {
 
     fn wait_for_stop(&self) {
         let mut reported = self.counted();
+        let mut report_due = Instant::now() + REPORT_EVERY;
         loop {
-            let [asked] = signals::poll([self.shared.worker_bell()], REPORT_EVERY);
-            self.report(&mut reported);
+            self.publish();
+            let [asked] = signals::poll([self.shared.worker_bell()], PUBLISH_EVERY);
+            if Instant::now() >= report_due {
+                self.report(&mut reported);
+                report_due = Instant::now() + REPORT_EVERY;
+            }
             if self.queues.iter().any(|q| q.thread.is_finished()) {
                 // The device is not to go with them: the next worker takes it over, if it is there.
                 tracing::error!("{}: a queue ended by itself", self.path.display());
@@ -223,7 +231,7 @@ impl Device {
                     Ok(Request::Status) => (self.status(), false),
                     Ok(Request::Stop { .. }) => (Answer::done(), true),
                     Ok(Request::Resize { bytes }) => (self.resize(bytes), false),
-                    Ok(Request::Upgrade { .. }) => (Answer::refusal("that is the supervisor's"), false),
+                    Ok(_) => (Answer::refusal("that is not the worker's to do"), false),
                     Err(e) => (Answer::refusal(format!("bad request: {e}")), false),
                 };
                 self.shared.answer(number, &answer.to_line());
@@ -232,6 +240,17 @@ impl Device {
                 }
             }
         }
+    }
+
+    /// What the windows' keeper goes by.
+    fn publish(&self) {
+        let stats = self.store.stats();
+        self.shared.board.held.set(Held {
+            pages: stats.stored_pages + stats.filled_pages + stats.zero_pages,
+            live_bytes: stats.live_bytes,
+            held_bytes: stats.held_bytes,
+            limit_bytes: stats.limit_bytes,
+        });
     }
 
     fn stop(self, dev: Arc<UblkDev>) {
