@@ -1,7 +1,7 @@
 #!/bin/sh
 # In the guest: a 16T ghost device as swap, a verifying hog, what was stored where.
 # Status 1 if a page was wrong, a write failed, a process was OOM-killed or pages are left behind.
-# Arguments: AREA (whole | a size for the swap area, by its header), HOG_MIB, THP (always | never),
+# Arguments: AREA (windows | whole | a size for the swap area, by its header), HOG_MIB, THP (always | never),
 #            TIER (of --tier), SECONDS of touching, THREADS
 set -eu
 area=$1 hog=$2 thp=$3 tier=$4 seconds=$5 threads=${6:-2}
@@ -18,7 +18,9 @@ held=$(cat $(grep -lE '^Name:.(ghostswap-ublk|gs-worker|gs-agent)' /proc/[0-9]*/
 reserve=$(ghostswap-ublk status --json | sed 's/.*"reserve_bytes":\([0-9]*\).*/\1/')
 own=$((held - reserve / 1024))
 echo "idle daemon: $held KiB resident in all its processes, $own KiB beside the reserve"
-if [ "$area" = whole ]; then
+if [ "$area" = windows ]; then
+    ghostswap-ublk swapon 0
+elif [ "$area" = whole ]; then
     mkswap "$dev" > /dev/null
 else
     # A header for a smaller area: made on a sparse file of that size, then copied.
@@ -28,7 +30,7 @@ else
     dd if=/tmp/header of="$dev" bs=4096 count=1 conv=notrunc 2> /dev/null
     rm /tmp/header
 fi
-swapon --discard=pages "$dev"
+[ "$area" = windows ] || swapon --discard=pages "$dev"
 worker=$(ghostswap-ublk status --json | grep -oE '"pid":[0-9]+' | cut -d: -f2)
 # Page faults of the I/O threads, minor and major (fields 10 and 12 of stat).
 faults() { cat /proc/$worker/task/*/stat | awk '/\(gs-queue/ {minor += $10; major += $12} END {print minor + 0, major + 0}'; }
@@ -52,8 +54,12 @@ kill $hogpid 2> /dev/null || rc=1
 wait $hogpid 2> /dev/null || [ $? -eq 143 ] || rc=1
 grep -q ' 0 errors$' /tmp/hog.out || rc=1
 sleep 3
-swapoff "$dev"
-blkdiscard --force "$dev"
+if [ "$area" = windows ]; then
+    ghostswap-ublk swapoff 0
+else
+    swapoff "$dev"
+    blkdiscard --force "$dev"
+fi
 sleep 4
 echo "--- status after everything was discarded"; ghostswap-ublk status
 ghostswap-ublk status --json > /tmp/status

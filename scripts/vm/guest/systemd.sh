@@ -15,7 +15,7 @@ fail() { echo "FAILED: $*"; rc=1; }
 number() { ghostswap-ublk status --json 2> /dev/null | grep -oE "\"$1\":[0-9]+" | head -n 1 | cut -d: -f2; }
 version() { ghostswap-ublk status --json 2> /dev/null | grep -oE '"version":"[^"]+"' | cut -d'"' -f4; }
 of_unit() { systemctl show -p "$1" --value $unit; }
-swapped() { awk '$1 == "/dev/ublkb0" {print int($4 / 1024)}' /proc/swaps; }
+swapped() { awk '$1 ~ "^/dev/ublkb0" {n += $4} END {print int(n / 1024)}' /proc/swaps; }
 active() { [ "$(of_unit ActiveState)/$(of_unit MainPID)" = "active/$main" ] || fail "$1: unit is $(of_unit ActiveState), main process $(of_unit MainPID), not $main"; }
 install_as_own() { cp "$1" $own.new; mv $own.new $own; }
 wait_for() { # SECONDS WHAT COMMAND...
@@ -132,11 +132,14 @@ systemctl start $unit || fail "start"
 # Text that compresses, and that the end of the shutdown can make anew to compare.
 seq 1 100000000 2> /dev/null | head -c 250M > /dev/shm/file
 ghostswap-hog --mib "$hog" --threads 2 --seconds 15 || fail "hog"
-echo "$(swapped) MiB in use on /dev/ublkb0"
+echo "$(swapped) MiB in use on $(grep -c ^/dev/ublkb0 /proc/swaps) windows"
 [ "$(swapped)" -ge 100 ] || fail "too little to prove anything"
 [ $rc = 0 ] || journalctl --no-pager -b | tail -n 150
 if [ "$shutdown" = refused ]; then
     cp /bin/false /usr/sbin/swapoff
+    mkdir -p /run/systemd/system/$unit.service.d
+    printf '[Service]\nExecStop=false\n' > /run/systemd/system/$unit.service.d/refused.conf
+    systemctl daemon-reload
 fi
 
 # Writes down what changes, until the very end: the @ has systemd spare it too.
@@ -146,7 +149,7 @@ last=
 while :; do
     read -r up _ < /proc/uptime
     swap=off dev=gone
-    while read -r name _; do [[ $name != /dev/ublkb0 ]] || swap=on; done < /proc/swaps
+    while read -r name _; do [[ $name != /dev/ublkb0* ]] || swap=on; done < /proc/swaps
     [[ ! -e /sys/block/ublkb0 ]] || dev=there
     now="swap $swap, device $dev"
     [[ $now = "$last" ]] || echo "$up $now" >> /run/timeline

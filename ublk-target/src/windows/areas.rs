@@ -25,6 +25,10 @@ const SWAP_FLAG_PREFER: i32 = 0x8000;
 const SWAP_FLAG_DISCARD: i32 = 0x10000;
 const SWAP_FLAG_DISCARD_PAGES: i32 = 0x40000;
 
+/// Of a swap header: what it ends with, and our label.
+const MAGIC: &[u8; 10] = b"SWAPSPACE2";
+const LABEL: &[u8; 9] = b"ghostswap";
+
 /// `struct blkpg_ioctl_arg`.
 #[repr(C)]
 struct Blkpg {
@@ -56,26 +60,40 @@ pub struct Area {
     pub priority: i32,
 }
 
-/// /proc/swaps, kept open and with its buffer: to look again asks the kernel for no memory, of which
-/// there may be none when it matters.
-pub struct Swaps {
+/// A file of /proc or /sys, kept open and with its buffer: to look again asks the kernel for no memory,
+/// of which there may be none when it matters.
+pub struct Kept {
     file: File,
     text: String,
 }
 
+impl Kept {
+    /// Opens it.
+    pub fn open(path: &Path) -> Result<Kept> {
+        let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+        Ok(Kept { file, text: String::with_capacity(8192) })
+    }
+
+    /// What it says now.
+    pub fn read(&mut self) -> Result<&str> {
+        self.text.clear();
+        self.file.seek(SeekFrom::Start(0)).and_then(|_| self.file.read_to_string(&mut self.text))?;
+        Ok(&self.text)
+    }
+}
+
+/// /proc/swaps.
+pub struct Swaps(Kept);
+
 impl Swaps {
     /// Opens it.
     pub fn new() -> Result<Swaps> {
-        let file = File::open("/proc/swaps").context("cannot open /proc/swaps")?;
-        Ok(Swaps { file, text: String::with_capacity(8192) })
+        Kept::open(Path::new("/proc/swaps")).map(Swaps)
     }
 
     /// All swap areas.
     pub fn areas(&mut self) -> Result<Vec<Area>> {
-        self.text.clear();
-        let read = self.file.seek(SeekFrom::Start(0)).and_then(|_| self.file.read_to_string(&mut self.text));
-        read.context("cannot read /proc/swaps")?;
-        Ok(parse(&self.text))
+        self.0.read().map(parse).context("cannot read /proc/swaps")
     }
 }
 
@@ -130,11 +148,39 @@ pub fn node(disk: &Path, number: u32) -> PathBuf {
     PathBuf::from(format!("{}p{number}", disk.display()))
 }
 
-/// The device's size in pages.
-pub fn device_pages(disk: &Path) -> Result<u64> {
-    let path = Path::new("/sys/block").join(name(disk)?).join("size");
-    let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    Ok(text.trim().parse::<u64>()? / 8)
+/// Where the kernel tells the device's size, in sectors.
+pub fn size_file(disk: &Path) -> Result<PathBuf> {
+    Ok(Path::new("/sys/block").join(name(disk)?).join("size"))
+}
+
+/// Whether a partition was made a swap area by us: only such a one may be dropped.
+pub fn is_ours(disk: &Path, number: u32) -> bool {
+    signature(&node(disk, number)).is_some_and(|label| label == *LABEL)
+}
+
+/// Says why a device that is no swap area yet may not become one: what is on it would be lost.
+/// `pages` is how many it holds.
+pub fn check_free(disk: &Path, pages: u64) -> Result<()> {
+    let opened = OpenOptions::new().write(true).custom_flags(libc::O_EXCL).open(disk);
+    opened.with_context(|| format!("{} is in use by something else", disk.display()))?;
+    // What was swap before is of no worth.
+    if pages > 1 && signature(disk).is_none() {
+        bail!(
+            "{} holds {pages} pages of something that is no swap: blkdiscard {} first, if it is not needed",
+            disk.display(),
+            disk.display()
+        );
+    }
+    Ok(())
+}
+
+/// The label of a swap header, if there is one; read around the page cache.
+fn signature(device: &Path) -> Option<[u8; 9]> {
+    let mut file = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(device).ok()?;
+    let mut header = Header([0; PAGE as usize]);
+    file.read_exact(&mut header.0).ok()?;
+    let label = header.0[1052..1061].try_into().ok()?;
+    header.0.ends_with(MAGIC).then_some(label)
 }
 
 /// Makes a window a swap area.
@@ -203,10 +249,12 @@ impl std::fmt::Display for TooManyAreas {
 
 impl std::error::Error for TooManyAreas {}
 
+/// A page for O_DIRECT.
+#[repr(C, align(4096))]
+struct Header([u8; PAGE as usize]);
+
 /// What `mkswap` writes (Linux `include/linux/swap.h`, `union swap_header`), around the page cache.
 fn write_header(device: &Path, pages: u64) -> Result<()> {
-    #[repr(C, align(4096))]
-    struct Header([u8; PAGE as usize]);
     let Ok(last) = u32::try_from(pages - 1) else { bail!("a swap area has at most 16T") };
     let mut header = Header([0; PAGE as usize]);
     header.0[1024..1028].copy_from_slice(&1u32.to_ne_bytes());
@@ -216,8 +264,8 @@ fn write_header(device: &Path, pages: u64) -> Result<()> {
     for (i, pair) in digits.chunks_exact(2).take(16).enumerate() {
         header.0[1036 + i] = pair[0] << 4 | pair[1];
     }
-    header.0[1052..1061].copy_from_slice(b"ghostswap");
-    header.0[PAGE as usize - 10..].copy_from_slice(b"SWAPSPACE2");
+    header.0[1052..1061].copy_from_slice(LABEL);
+    header.0[PAGE as usize - 10..].copy_from_slice(MAGIC);
     let mut file = OpenOptions::new()
         .write(true)
         .custom_flags(libc::O_DIRECT)

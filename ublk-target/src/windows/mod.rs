@@ -29,7 +29,7 @@ pub use hand::{swap_off, swap_on};
 use crate::board::Shared;
 use crate::control::SwapOn;
 use anyhow::{bail, Context, Result};
-use areas::{Area, TooManyAreas};
+use areas::{Area, Kept, TooManyAreas};
 use ghostswap::config::format_size;
 use policy::{Choice, Policy, View, Window};
 use retreat::{Progress, Retreat};
@@ -47,7 +47,11 @@ const KEPT: u64 = 1;
 const LOOK_BUSY: Duration = Duration::from_millis(50);
 const LOOK_CALM: Duration = Duration::from_millis(200);
 /// Partitions are listed anew this often, in case something else has changed them.
-const LIST_EVERY: Duration = Duration::from_secs(1);
+const LIST_EVERY: Duration = Duration::from_secs(5);
+/// How long the worker may take to tell what it holds.
+const FIGURES_PATIENCE: Duration = Duration::from_secs(1);
+/// After something failed.
+const LOOK_AFTER_FAILURE: Duration = Duration::from_secs(1);
 /// Pages a second that a window is swapped off at when nobody waits for it: 64 MiB.
 const RATE: u64 = 64 << 8;
 /// Tasks waited for memory for this share of the last ten seconds.
@@ -60,6 +64,10 @@ pub struct Keeper {
     priority: i32,
     began: Instant,
     swaps: Swaps,
+    meminfo: Kept,
+    /// Not every kernel tells.
+    pressure: Option<Kept>,
+    size: Kept,
     partitions: Vec<Window>,
     listed: Option<Instant>,
     policy: Policy,
@@ -81,6 +89,9 @@ impl Keeper {
             priority,
             began: Instant::now(),
             swaps: Swaps::new()?,
+            meminfo: Kept::open(Path::new(MEMINFO))?,
+            pressure: Kept::open(Path::new("/proc/pressure/memory")).ok(),
+            size: Kept::open(&areas::size_file(disk)?)?,
             partitions: Vec::new(),
             listed: None,
             policy: Policy::default(),
@@ -103,7 +114,7 @@ impl Keeper {
             Ok(_) => LOOK_CALM,
             Err(e) => {
                 self.tell(format!("{e:#}"));
-                LIST_EVERY
+                LOOK_AFTER_FAILURE
             }
         }
     }
@@ -121,8 +132,7 @@ impl Keeper {
         }
         self.known = windows.iter().map(|w| w.number).collect();
         self.drop_strays(&windows, closing)?;
-        let view = self.view(&windows, closing)?;
-        let choice = self.policy.choose(&view);
+        let choice = self.choose(&windows, closing)?;
         match choice {
             Choice::Stay => {}
             Choice::Open(window) => self.open(&window)?,
@@ -138,7 +148,12 @@ impl Keeper {
     }
 
     fn windows(&mut self, all: &[Area]) -> Result<Vec<Window>> {
-        if self.listed.is_none_or(|at| at.elapsed() >= LIST_EVERY) {
+        let unknown = |a: &Area| {
+            let number =
+                a.path.strip_prefix(&*self.disk.to_string_lossy()).and_then(|p| p.strip_prefix('p')?.parse().ok());
+            number.is_some_and(|n: u32| self.partitions.iter().all(|p| p.number != n))
+        };
+        if self.listed.is_none_or(|at| at.elapsed() >= LIST_EVERY) || all.iter().any(unknown) {
             self.partitions = areas::partitions(&self.disk)?;
             self.listed = Some(Instant::now());
         }
@@ -147,29 +162,40 @@ impl Keeper {
 
     /// A partition that is no swap area is what an opening or a closing left that was broken off.
     fn drop_strays(&mut self, windows: &[Window], closing: Option<u32>) -> Result<()> {
-        let stray = |p: &&Window| windows.iter().all(|w| w.number != p.number) && closing != Some(p.number);
-        if let Some(number) = self.partitions.iter().find(stray).map(|p| p.number) {
+        let known = |number| windows.iter().any(|w| w.number == number) || closing == Some(number);
+        let stray = |number: &u32| !known(*number) && areas::is_ours(&self.disk, *number);
+        if let Some(number) = self.partitions.iter().map(|p| p.number).find(stray) {
             self.listed = None;
             areas::drop_window(&self.disk, number)?;
         }
         Ok(())
     }
 
-    fn view<'a>(&self, windows: &'a [Window], closing: Option<u32>) -> Result<View<'a>> {
-        let memory = Memory::now()?;
+    fn choose(&mut self, windows: &[Window], closing: Option<u32>) -> Result<Choice> {
+        let figures = self.figures(windows)?;
+        let view = View { windows, partitions: &self.partitions, closing, ..figures };
+        Ok(self.policy.choose(&view))
+    }
+
+    /// What the policy goes by, but for windows and partitions.
+    fn figures(&mut self, windows: &[Window]) -> Result<View<'static>> {
+        let memory = Memory::of(self.meminfo.read()?);
         let used = windows.iter().map(|w| w.used).sum();
         Ok(View {
             now: self.began.elapsed(),
-            windows,
-            closing,
-            device: areas::device_pages(&self.disk)?,
+            device: self.device_pages()?,
             ram: memory.total,
             available: memory.available,
             fits: capacity::fits(self.shared.board.held.get(), used, memory.swappable() * PAGE_BYTES),
             may_open: !self.full,
-            pressure: pressure() >= PRESSURE_PERCENT,
+            pressure: self.pressure.as_mut().and_then(|p| p.read().ok().map(some_avg10)) >= Some(PRESSURE_PERCENT),
             priority: self.priority,
+            ..View::default()
         })
+    }
+
+    fn device_pages(&mut self) -> Result<u64> {
+        Ok(self.size.read()?.trim().parse::<u64>()? / SECTORS_PER_PAGE)
     }
 
     fn open(&mut self, window: &Window) -> Result<()> {
@@ -231,18 +257,25 @@ impl Keeper {
         }
         self.listed = None;
         let windows = self.windows(&all)?;
+        if windows.is_empty() {
+            self.wait_for_figures();
+            areas::check_free(&self.disk, self.shared.board.held.get().pages)?;
+        }
         match what {
             SwapOn::Windows => {
-                self.shared.board.windows.store(KEPT, Ordering::Relaxed);
                 self.full = false;
-                if windows.is_empty() {
-                    self.wait_for_figures();
-                    self.act()?;
+                self.shared.board.windows.store(KEPT, Ordering::Relaxed);
+                let done = self.act();
+                if windows.is_empty() && self.known.is_empty() {
+                    self.let_go();
+                    done?;
+                    bail!("{disk} or its store is too small for a window");
                 }
                 Ok(())
             }
             SwapOn::Window(bytes) => {
-                let view = self.view(&windows, None)?;
+                let figures = self.figures(&windows)?;
+                let view = View { windows: &windows, partitions: &self.partitions, ..figures };
                 match policy::place_exactly(&view, bytes / PAGE_BYTES) {
                     Some(window) => self.open(&window),
                     None => bail!("{disk} has no room for a window of {}", format_size(bytes)),
@@ -253,18 +286,20 @@ impl Keeper {
                     bail!("{disk} has windows: swap them off first, with ghostswap-ublk swapoff");
                 }
                 self.shared.board.windows.store(BY_HAND, Ordering::Relaxed);
-                let pages = areas::device_pages(&self.disk)?.min(u32::MAX.into());
+                let pages = self.device_pages()?.min(u32::MAX.into());
                 areas::swap_on(&self.disk, pages, self.priority, self.discards())
             }
         }
     }
 
-    /// The worker publishes what it holds a moment after it is live.
+    /// The worker publishes what it holds within a fifth of a second of its going live, and of a change.
     fn wait_for_figures(&self) {
-        for _ in 0..40 {
-            if self.shared.board.held.get().limit_bytes > 0 {
-                return;
-            }
+        let began = Instant::now();
+        let known = || {
+            let held = self.shared.board.held.get();
+            held.limit_bytes > 0 && held.pages <= 1
+        };
+        while began.elapsed() < FIGURES_PATIENCE && !known() {
             std::thread::sleep(LOOK_BUSY);
         }
     }
@@ -285,6 +320,8 @@ impl Keeper {
 }
 
 const PAGE_BYTES: u64 = 4096;
+const SECTORS_PER_PAGE: u64 = 8;
+const MEMINFO: &str = "/proc/meminfo";
 
 /// Of /proc/meminfo, in pages.
 struct Memory {
@@ -294,11 +331,6 @@ struct Memory {
 }
 
 impl Memory {
-    fn now() -> Result<Memory> {
-        let text = std::fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
-        Ok(Memory::of(&text))
-    }
-
     fn of(meminfo: &str) -> Memory {
         let pages = |key: &str| {
             let line = meminfo.lines().find_map(|l| l.strip_prefix(key)?.strip_prefix(':'));
@@ -314,12 +346,7 @@ impl Memory {
     }
 }
 
-/// Percent of the last ten seconds in which some task waited for memory; 0 where the kernel does not say.
-fn pressure() -> f64 {
-    let text = std::fs::read_to_string("/proc/pressure/memory").unwrap_or_default();
-    some_avg10(&text)
-}
-
+/// Percent of the last ten seconds in which some task waited for memory, of /proc/pressure/memory.
 fn some_avg10(text: &str) -> f64 {
     let some = text.lines().find_map(|l| l.strip_prefix("some "));
     some.and_then(|l| l.split(' ').find_map(|w| w.strip_prefix("avg10="))?.parse().ok()).unwrap_or(0.0)
@@ -344,7 +371,8 @@ pub fn describe(disk: &Path, shared: &Shared) -> Result<(Value, String)> {
     };
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let cost = capacity::kernel_cost(&release, pages, used);
-    let more = capacity::fits(held, used, Memory::now()?.swappable() * PAGE_BYTES);
+    let memory = Memory::of(&std::fs::read_to_string(MEMINFO)?);
+    let more = capacity::fits(held, used, memory.swappable() * PAGE_BYTES);
     // Outside any swap area a stored page is somebody's data.
     let dead = if areas.is_empty() { 0 } else { held.pages.saturating_sub(used) };
     let area = |w: &Window| {

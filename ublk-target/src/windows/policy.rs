@@ -57,6 +57,8 @@ pub struct View<'a> {
     pub now: Duration,
     /// Ours, in any order.
     pub windows: &'a [Window],
+    /// All partitions of the device, which no window may overlap.
+    pub partitions: &'a [Window],
     /// The window that is being swapped off.
     pub closing: Option<u32>,
     /// Size of the ghost device.
@@ -171,19 +173,19 @@ fn size(v: &View<'_>, free: u64) -> Option<u64> {
     let total: u64 = v.windows.iter().map(|w| w.pages).sum();
     let wanted = largest.map_or(first(v.ram), |pages| pages.saturating_mul(2).min(MOST));
     let pages = down(wanted.min(v.fits.saturating_sub(free)));
-    // Areas are few, so none may be a waste of one.
-    let least = (first(v.ram) / 8).max(total / 16);
+    // Areas are few, so none may be a waste of one; but one there must be.
+    let least = if v.windows.is_empty() { CLUSTER } else { (first(v.ram) / 8).max(total / 16) };
     (pages >= least).then_some(pages)
 }
 
 /// Where it is to lie: in the first gap that is large enough, or the largest one.
 fn place(v: &View<'_>, pages: u64) -> Option<Window> {
-    let mut taken: Vec<(u64, u64)> = v.windows.iter().map(|w| (w.start, w.start + w.pages)).collect();
+    let mut taken: Vec<(u64, u64)> = v.partitions.iter().map(|w| (w.start, w.start + w.pages)).collect();
     taken.sort_unstable();
     taken.push((down(v.device), u64::MAX));
     let (mut from, mut largest) = (0, (0, 0));
     for (start, end) in taken {
-        let gap = start.saturating_sub(from);
+        let gap = down(start.saturating_sub(from));
         if gap > largest.1 {
             largest = (from, gap);
         }
@@ -191,10 +193,10 @@ fn place(v: &View<'_>, pages: u64) -> Option<Window> {
             largest = (from, pages);
             break;
         }
-        from = from.max(end);
+        from = from.max(end.saturating_add(CLUSTER - 1) & !(CLUSTER - 1));
     }
     let (start, pages) = (largest.0, largest.1.min(pages));
-    let number = (1..).find(|n| v.windows.iter().all(|w| w.number != *n))?;
+    let number = (1..).find(|n| v.partitions.iter().all(|w| w.number != *n))?;
     let priority = v.windows.iter().map(|w| w.priority).min().map_or(v.priority, |least| (least - 1).max(0));
     // A header and something to swap to.
     (pages > CLUSTER).then_some(Window { number, start, pages, used: 0, priority })
@@ -219,6 +221,7 @@ mod tests {
     fn view(windows: &[Window]) -> View<'_> {
         View {
             windows,
+            partitions: windows,
             device: 16384 * GIB,
             ram: GIB,
             available: GIB,
@@ -272,7 +275,8 @@ mod tests {
         assert_eq!(at(65 * MIB), Some((2, 192 * MIB, 65 * MIB)));
         let small = View { device: 200 * MIB, ..view(&open) };
         assert_eq!(place(&small, 65 * MIB).map(|w| (w.start, w.pages)), Some((64 * MIB, 64 * MIB)), "the largest gap");
-        assert_eq!(place(&View { device: 192 * MIB, windows: &[window(1, 0, 192 * MIB, 0)], ..small }, MIB), None);
+        let taken = [window(1, 0, 192 * MIB, 0)];
+        assert_eq!(place(&View { device: 192 * MIB, partitions: &taken, ..small }, 8 * MIB), None);
     }
 
     #[test]

@@ -45,6 +45,7 @@ fn play(machine: Machine, seconds: u32, demand: impl Fn(f64) -> f64) -> Outcome 
         let view = View {
             now,
             windows: &windows,
+            partitions: &windows,
             closing,
             device: 1 << 32,
             ram: machine.ram,
