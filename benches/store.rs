@@ -1,5 +1,6 @@
 //! The store against the bare codec on the same captured pages, side by side in one run; two
-//! threads against one; metadata and density under random overwrite at the limit.
+//! threads against one; metadata and density under random overwrite at the limit; density and cost of
+//! compressing again.
 //!
 //! `cargo bench --bench store`. Figures are medians of the rounds, in CPU-neutral wall time of one
 //! machine: read the ratios. The bare codec is C lz4 through the calls that the store uses, or
@@ -235,6 +236,52 @@ fn overwrite_at_limit(plain: &[u8]) {
     );
 }
 
+/// CPU time of the whole process, in seconds.
+fn cpu() -> f64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").expect("/proc is there");
+    let after_name = stat.rsplit(')').next().unwrap_or("");
+    // Fields 14 and 15 of proc(5), in ticks of 1/100 s.
+    let ticks = after_name.split_ascii_whitespace().skip(11).take(2).filter_map(|n| n.parse::<f64>().ok()).sum::<f64>();
+    ticks / 100.0
+}
+
+/// Pages in their order, written one by one, then compressed again in groups.
+fn compressed_again(plain: &[u8]) {
+    let tiers = ["ram,limit=1G,codec=lz4", "ram,codec=zstd:3,group=64K"].map(|t| t.parse().expect("a tier"));
+    let store = Store::open(StoreConfig { tiers: tiers.into(), ..StoreConfig::default() }).expect("a store");
+    let volume = store.create_volume(1 << 40).expect("a volume");
+    let mut lane = volume.lane().expect("a lane");
+    let copies = 64;
+    for copy in 0..copies {
+        let base = copy * plain.len() as u64;
+        plain.chunks_exact(PAGE).enumerate().for_each(|(i, p)| lane.write(base + (i * PAGE) as u64, p).expect("room"));
+    }
+    drop(lane);
+    let pages = (copies as usize * plain.len() / PAGE) as f64;
+    let before = store.stats();
+    let began = cpu();
+    store.recompress();
+    let mut last = u64::MAX;
+    // Until nothing has changed for a while: then all is done and memory has gone back.
+    while store.stats().held_bytes != last {
+        last = store.stats().held_bytes;
+        std::thread::sleep(std::time::Duration::from_secs(2));
+    }
+    let (after, took) = (store.stats(), cpu() - began);
+    let mut lane = volume.lane().expect("a lane");
+    let mut page = vec![0; PAGE];
+    let single = time(pages as usize, || {
+        (0..pages as u64).for_each(|i| lane.read(i * PAGE as u64, &mut page).expect("it is there"));
+    });
+    let ratio = |s: &ghostswap::Stats| pages * PAGE as f64 / (s.held_bytes - s.reserve_bytes) as f64;
+    println!(
+        "compressed again: {pages} pages, data / memory {:.2}, all but the reserve counted; before {:.2}; {:.0} ns/page once, read singly {single:.0} ns/page",
+        ratio(&after),
+        ratio(&before),
+        took / pages * 1e9
+    );
+}
+
 fn main() {
     let plain = real_pages(&corpus());
     println!("{} captured pages that are not same-filled; medians of {ROUNDS} rounds", plain.len() / PAGE);
@@ -243,4 +290,5 @@ fn main() {
         two_threads(codec, &plain);
     }
     overwrite_at_limit(&plain);
+    compressed_again(&plain);
 }

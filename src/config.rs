@@ -56,6 +56,8 @@ pub enum Limit {
     Bytes(u64),
     /// Percent of the machine's memory, 1 to 95.
     Percent(u8),
+    /// Not given: half of the machine's memory, or for a second tier what the first may hold.
+    Default,
 }
 
 impl Limit {
@@ -64,6 +66,7 @@ impl Limit {
         match self {
             Limit::Bytes(b) => b,
             Limit::Percent(p) => ram_bytes / 100 * u64::from(p),
+            Limit::Default => ram_bytes / 2,
         }
     }
 }
@@ -124,7 +127,7 @@ impl fmt::Display for CodecChoice {
     }
 }
 
-/// One `--tier`: `ram[,limit=SIZE|PERCENT%][,codec=lz4|zstd[:LEVEL]][,group=SIZE]`.
+/// One `--tier`: `ram[,limit=SIZE|PERCENT%][,codec=lz4|zstd[:LEVEL]][,group=SIZE][,idle=TIME]`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TierConfig {
     /// Memory the tier may hold. Default: half of the machine's.
@@ -133,11 +136,13 @@ pub struct TierConfig {
     pub codec: CodecChoice,
     /// Contiguous bytes compressed together, 4K to 64K. Default 4K: every page alone.
     pub group: u32,
+    /// Of a second tier: seconds after which what was written is compressed again. Default: 600.
+    pub idle_s: Option<u32>,
 }
 
 impl Default for TierConfig {
     fn default() -> Self {
-        TierConfig { limit: Limit::Percent(50), codec: CodecChoice::Lz4, group: PAGE_BYTES as u32 }
+        TierConfig { limit: Limit::Default, codec: CodecChoice::Lz4, group: PAGE_BYTES as u32, idle_s: None }
     }
 }
 
@@ -158,7 +163,8 @@ impl FromStr for TierConfig {
                 "limit" => tier.limit = value.parse()?,
                 "codec" => tier.codec = value.parse()?,
                 "group" => tier.group = parse_group(value)?,
-                _ => return Err(format!("unknown tier option '{key}': known are limit, codec, group")),
+                "idle" => tier.idle_s = Some(parse_time(value)?),
+                _ => return Err(format!("unknown tier option '{key}': known are limit, codec, group, idle")),
             }
         }
         if let Limit::Bytes(b) = tier.limit {
@@ -170,6 +176,18 @@ impl FromStr for TierConfig {
     }
 }
 
+/// Seconds of a time such as `90`, `90s`, `10m`, `2h`.
+fn parse_time(text: &str) -> std::result::Result<u32, String> {
+    let (digits, unit) = match text.char_indices().last() {
+        Some((at, 's')) => (&text[..at], 1),
+        Some((at, 'm')) => (&text[..at], 60),
+        Some((at, 'h')) => (&text[..at], 3600),
+        _ => (text, 1),
+    };
+    let seconds = digits.parse::<u32>().ok().and_then(|n| n.checked_mul(unit));
+    seconds.ok_or_else(|| format!("'{text}' is not a time: give a whole number with an optional s, m, h, as in 10m"))
+}
+
 fn parse_group(value: &str) -> std::result::Result<u32, String> {
     match parse_size(value)? {
         b @ (0x1000 | 0x2000 | 0x4000 | 0x8000 | 0x10000) => Ok(b as u32),
@@ -179,12 +197,14 @@ fn parse_group(value: &str) -> std::result::Result<u32, String> {
 
 impl fmt::Display for TierConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "ram,limit=")?;
+        write!(f, "ram")?;
         match self.limit {
-            Limit::Bytes(b) => write!(f, "{b}")?,
-            Limit::Percent(p) => write!(f, "{p}%")?,
+            Limit::Bytes(b) => write!(f, ",limit={b}")?,
+            Limit::Percent(p) => write!(f, ",limit={p}%")?,
+            Limit::Default => {}
         }
-        write!(f, ",codec={},group={}", self.codec, self.group)
+        write!(f, ",codec={},group={}", self.codec, self.group)?;
+        self.idle_s.map_or(Ok(()), |s| write!(f, ",idle={s}s"))
     }
 }
 
@@ -230,7 +250,21 @@ pub(crate) struct Checked {
     pub group_pages_seen: usize,
     /// Codecs of which the arena may hold records, a bit each, by this store and earlier ones.
     pub codecs_seen: u64,
+    /// Memory that may be held before pages are compressed again whatever their age.
+    pub hot_bytes: u64,
+    pub cold: Option<Cold>,
 }
+
+/// How pages that have lain still are compressed again.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Cold {
+    pub codec: CodecChoice,
+    pub group_pages: usize,
+    pub idle_s: u32,
+}
+
+/// Seconds until a page is taken for cold.
+const IDLE_S: u32 = 600;
 
 impl Checked {
     /// Fits the choices to an arena that is there already. Its segments keep their size; a limit
@@ -254,12 +288,28 @@ impl Checked {
 impl StoreConfig {
     pub(crate) fn validate(&self, ram_bytes: u64) -> Result<Checked> {
         let bad = |why: String| Err(Error::InvalidConfig(why));
-        let tier = match self.tiers.as_slice() {
-            [] => TierConfig::default(),
-            [one] => one.clone(),
-            _ => return bad("only one tier is supported: give --tier once".into()),
+        let (tier, second) = match self.tiers.as_slice() {
+            [] => (TierConfig::default(), None),
+            [one] => (one.clone(), None),
+            [one, second] => (one.clone(), Some(second)),
+            _ => return bad("at most two tiers are supported: one to write to, one to compress again in".into()),
         };
-        let limit_bytes = tier.limit.resolve(ram_bytes);
+        if tier.idle_s.is_some() {
+            return bad("idle= belongs to a second tier, below the one that is written to".into());
+        }
+        let hot_bytes = tier.limit.resolve(ram_bytes);
+        let limit_bytes = match second.map(|t| t.limit) {
+            None | Some(Limit::Default) => hot_bytes,
+            Some(own) => hot_bytes.saturating_add(own.resolve(ram_bytes)),
+        };
+        if second.is_some_and(|t| (t.codec, t.group) == (tier.codec, tier.group)) {
+            return bad("the second tier would compress as the first does: give it codec=zstd:3,group=64K".into());
+        }
+        let cold = second.map(|t| Cold {
+            codec: t.codec,
+            group_pages: t.group as usize / PAGE_BYTES,
+            idle_s: t.idle_s.unwrap_or(IDLE_S),
+        });
         if limit_bytes < MIN_LIMIT_BYTES {
             return bad(format!("the tier's limit of {limit_bytes} bytes is too small: at least 4M"));
         }
@@ -287,8 +337,10 @@ impl StoreConfig {
             segment_bytes_given: self.segment_bytes.is_some(),
             hugetlb: self.hugetlb,
             thread_start: self.thread_start,
-            group_pages_seen: tier.group as usize / PAGE_BYTES,
-            codecs_seen: tier.codec.bit(),
+            group_pages_seen: tier.group.max(second.map_or(0, |t| t.group)) as usize / PAGE_BYTES,
+            codecs_seen: tier.codec.bit() | second.map_or(0, |t| t.codec.bit()),
+            hot_bytes,
+            cold,
         })
     }
 }
@@ -314,11 +366,38 @@ mod tests {
         let t: TierConfig = "ram,limit=25%,codec=zstd:3,group=64K".parse().unwrap();
         assert_eq!((t.limit, t.codec, t.group), (Limit::Percent(25), CodecChoice::Zstd(3), 65536));
         assert_eq!(t.to_string().parse::<TierConfig>().unwrap(), t);
-        for bad in
-            ["", "disk", "ram,limit=0%", "ram,limit=1K", "ram,codec=gzip", "ram,codec=zstd:99", "ram,x=1", "ram,limit"]
-        {
+        let t: TierConfig = "ram,codec=zstd:3,idle=10m".parse().unwrap();
+        assert_eq!((t.limit, t.idle_s), (Limit::Default, Some(600)));
+        assert_eq!(t.to_string().parse::<TierConfig>().unwrap(), t);
+        for bad in [
+            "",
+            "disk",
+            "ram,limit=0%",
+            "ram,limit=1K",
+            "ram,codec=gzip",
+            "ram,codec=zstd:99",
+            "ram,x=1",
+            "ram,limit",
+            "ram,idle=ever",
+        ] {
             let e = bad.parse::<TierConfig>().unwrap_err();
             assert!(!e.contains('\n'), "{e}");
         }
+    }
+
+    #[test]
+    fn a_second_tier_adds_its_limit_or_shares_the_first_ones() {
+        let check = |tiers: &[&str]| {
+            let tiers = tiers.iter().map(|t| t.parse().unwrap()).collect();
+            StoreConfig { tiers, ..StoreConfig::default() }.validate(1 << 30)
+        };
+        let shared = check(&["ram,limit=100M", "ram,codec=zstd:3,group=64K"]).unwrap();
+        assert_eq!((shared.limit_bytes, shared.hot_bytes), (100 << 20, 100 << 20));
+        let own = check(&["ram,limit=100M", "ram,limit=50M,codec=zstd:3,group=64K,idle=5"]).unwrap();
+        assert_eq!((own.limit_bytes, own.hot_bytes, own.cold.unwrap().idle_s), (150 << 20, 100 << 20, 5));
+        assert_eq!((own.group_pages, own.group_pages_seen), (1, 16));
+        assert!(check(&["ram", "ram"]).is_err(), "it would compress no better");
+        assert!(check(&["ram,idle=5"]).is_err());
+        assert!(check(&["ram", "ram,limit=60%,codec=zstd"]).is_err(), "more than there is");
     }
 }

@@ -35,6 +35,9 @@ pub struct Stats {
     /// Writes refused for want of room.
     pub refused_writes: u64,
     pub cleaned_segments: u64,
+    /// Live bytes of records that were compressed again.
+    pub cold_bytes: u64,
+    pub recompressed_segments: u64,
 }
 
 impl Stats {
@@ -71,6 +74,14 @@ impl fmt::Display for Stats {
             format_size(self.reserve_bytes),
             format_size(self.map_bytes)
         )?;
+        if self.recompressed_segments > 0 || self.cold_bytes > 0 {
+            writeln!(
+                f,
+                "cold      {} of what is stored; {} segments compressed again",
+                format_size(self.cold_bytes),
+                self.recompressed_segments
+            )?;
+        }
         writeln!(f, "metadata  {:.1} bytes per stored page", self.metadata_per_page())?;
         writeln!(
             f,

@@ -156,7 +156,7 @@ fn entries() -> BTreeMap<(u8, u64), usize> {
 /// A frame of 128K is grown in two steps, so that one can be torn.
 fn config(tier: &str) -> StoreConfig {
     StoreConfig {
-        tiers: vec![tier.parse().unwrap()],
+        tiers: tier.split(" + ").map(|t| t.parse().unwrap()).collect(),
         segment_bytes: Some(if tier.contains("group") { 128 << 10 } else { 64 << 10 }),
         max_lanes: 2,
         ..StoreConfig::default()
@@ -351,7 +351,8 @@ fn stopped_at_any_point_nothing_acknowledged_is_lost() {
     STOPPED_AT.get_or_init(|| Shared::new(2));
     ghostswap::set_crash_hook(hook);
     let visited = Mutex::new(BTreeSet::new());
-    for tier in ["ram,limit=4M,codec=lz4", "ram,limit=8M,codec=lz4,group=16K"] {
+    let again = "ram,limit=8M,codec=lz4 + ram,codec=zstd:1,group=16K,idle=0";
+    for tier in ["ram,limit=4M,codec=lz4", "ram,limit=8M,codec=lz4,group=16K", again] {
         walk(tier, &visited);
     }
     let missed: Vec<_> = all_points().difference(&visited.lock().unwrap()).cloned().collect();

@@ -148,14 +148,14 @@ fn env(name: &str, default: u64) -> u64 {
 }
 
 fn run(tier: &str) {
-    let ops = env("GHOSTSWAP_MODEL_OPS", 200_000) / 4;
+    let ops = env("GHOSTSWAP_MODEL_OPS", 200_000) / 5;
     let seed = env(
         "GHOSTSWAP_MODEL_SEED",
         Instant::now().elapsed().as_nanos() as u64 ^ u64::from(std::process::id()) << 20 ^ 0x9e37_79b9,
     );
     println!("{tier}: {ops} operations; repeat with GHOSTSWAP_MODEL_SEED={seed} cargo test --release --test model");
     let config = StoreConfig {
-        tiers: vec![tier.parse().unwrap()],
+        tiers: tier.split(" + ").map(|t| t.parse().unwrap()).collect(),
         segment_bytes: Some(64 << 10),
         max_lanes: 16,
         ..StoreConfig::default()
@@ -189,6 +189,7 @@ fn run(tier: &str) {
     let full = store.stats();
     println!("{full}");
     assert!(full.cleaned_segments > 0, "the limit is tiny enough for the cleaner to work");
+    assert_eq!(full.recompressed_segments > 0, tier.contains(" + "), "only with a second tier");
     for v in &volumes {
         v.lane().unwrap().discard(0, v.bytes()).unwrap();
     }
@@ -208,6 +209,12 @@ fn lz4_single_pages() {
 #[test]
 fn lz4_groups() {
     run("ram,limit=14M,codec=lz4,group=64K");
+}
+
+/// Pages are compressed again as soon as they are sealed.
+#[test]
+fn lz4_pages_and_cold_zstd_groups() {
+    run("ram,limit=10M,codec=lz4 + ram,limit=4M,codec=zstd:3,group=64K,idle=0s");
 }
 
 #[test]

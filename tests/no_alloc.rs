@@ -204,7 +204,7 @@ struct Bench {
 impl Bench {
     fn open(tier: &str) -> Bench {
         let config = StoreConfig {
-            tiers: vec![tier.parse().unwrap()],
+            tiers: tier.split(" + ").map(|t| t.parse().unwrap()).collect(),
             segment_bytes: Some(64 << 10),
             max_lanes: WORKERS as usize,
             thread_start: Some(on_start),
@@ -320,6 +320,11 @@ fn lz4_groups() {
 #[test]
 fn zstd_groups() {
     confined_store("ram,limit=14M,codec=zstd:3,group=64K");
+}
+
+#[test]
+fn pages_compressed_again() {
+    confined_store("ram,limit=14M,codec=lz4 + ram,codec=zstd:3,group=64K,idle=0");
 }
 
 /// That a confined thread is caught at each of these is what the tests above rest on.

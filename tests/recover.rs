@@ -20,16 +20,17 @@ const THREADS: u64 = 3;
 /// Pages of a thread in each volume.
 const RANGE: u64 = 640;
 const SIZES: [u64; 3] = [MAX_VOLUME_BYTES, 64 << 20, 1 << 30];
-const TIERS: [&str; 4] = [
+const TIERS: [&str; 5] = [
     "ram,limit=9M,codec=lz4",
     "ram,limit=9M,codec=zstd:1,group=16K",
     "ram,limit=9M,codec=lz4,group=64K",
     "ram,limit=9M,codec=zstd:-1",
+    "ram,limit=9M,codec=lz4 + ram,codec=zstd:1,group=64K,idle=0",
 ];
 
 fn config(tier: &str) -> StoreConfig {
     StoreConfig {
-        tiers: vec![tier.parse().unwrap()],
+        tiers: tier.split(" + ").map(|t| t.parse().unwrap()).collect(),
         segment_bytes: Some(64 << 10),
         max_lanes: 9,
         ..StoreConfig::default()
@@ -203,7 +204,7 @@ fn killed_at_any_moment_nothing_acknowledged_is_lost() {
     let mut rng = Rng(seed | 1);
     let (mut cleaned, mut early) = (0, 0);
     let begin = |life: u64, rng: &mut Rng| {
-        let tier = TIERS[rng.below(4) as usize];
+        let tier = TIERS[rng.below(TIERS.len() as u64) as usize];
         let life_seed = rng.next() >> 33 | 1;
         fork(|| match live(&arena, tier, &ledger, &board, life_seed, life) {
             Ok(()) => 0,

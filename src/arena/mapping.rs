@@ -142,14 +142,23 @@ impl Drop for Mapping {
 
 /// Memory of the machine and how much of it is free now, in bytes.
 pub(crate) fn host_memory() -> Result<(u64, u64)> {
+    let info = sysinfo()?;
+    let unit = u64::from(info.mem_unit);
+    Ok((info.totalram as u64 * unit, info.freeram as u64 * unit))
+}
+
+/// Seconds since the host was started: the same clock for every process that has an arena in turn.
+pub(crate) fn host_seconds() -> Result<u32> {
+    Ok(sysinfo()?.uptime as u32)
+}
+
+fn sysinfo() -> Result<libc::sysinfo> {
     // SAFETY: sysinfo fills the zeroed struct we own.
-    let info = unsafe {
+    unsafe {
         let mut info: libc::sysinfo = std::mem::zeroed();
         if libc::sysinfo(&mut info) != 0 {
             return Err(system("sysinfo"));
         }
-        info
-    };
-    let unit = u64::from(info.mem_unit);
-    Ok((info.totalram as u64 * unit, info.freeram as u64 * unit))
+        Ok(info)
+    }
 }

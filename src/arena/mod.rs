@@ -25,7 +25,7 @@ mod standby;
 mod superblock;
 
 pub use file::create_arena;
-pub(crate) use mapping::host_memory;
+pub(crate) use mapping::{host_memory, host_seconds};
 pub(crate) use resident::Resident;
 pub(crate) use scan::Residency;
 pub use spare::Spare;
@@ -92,7 +92,7 @@ impl Arena {
         if found.is_none() {
             Superblock(&map).initialise(&geometry);
         }
-        (c.group_pages_seen, c.codecs_seen) = Superblock(&map).allow(c.group_pages, c.codec.bit());
+        (c.group_pages_seen, c.codecs_seen) = Superblock(&map).allow(c.group_pages_seen, c.codecs_seen);
         let arena = Arena {
             map,
             geometry,

@@ -120,6 +120,10 @@ pub(crate) fn host_memory() -> Result<(u64, u64)> {
     Ok((1 << 30, 1 << 30))
 }
 
+pub(crate) fn host_seconds() -> Result<u32> {
+    Ok(1)
+}
+
 impl Arena {
     /// An arena with a volume, and with all of its metadata pages and frames grown and free.
     /// `segment_bytes` divides a page.

@@ -57,6 +57,43 @@ pub(crate) fn cleaning(
     Cleaning::Rest
 }
 
+/// What is known of the pages that could be compressed again.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Heat {
+    /// Bytes of sealed segments that are not cold, and how many there may be.
+    pub hot_bytes: u64,
+    pub hot_limit: u64,
+    /// All memory held, and its limit.
+    pub held_bytes: u64,
+    pub limit_bytes: u64,
+    /// Seconds since the oldest of them was written, and after how many it is to be done.
+    pub oldest_s: u32,
+    pub idle_s: u32,
+}
+
+/// How eagerly to compress pages again.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Recompression {
+    /// Nothing to do.
+    Rest,
+    /// A segment now and then: nobody waits for it.
+    Gently,
+    /// One after another: memory is short.
+    Fully,
+}
+
+/// Chooses how eagerly to compress the oldest segment again. Memory is short when the tier above holds
+/// more than it may, or all of it seven eighths of what it may: then age does not matter.
+pub(crate) fn recompression(h: &Heat) -> Recompression {
+    if h.hot_bytes > h.hot_limit || h.held_bytes > h.limit_bytes / 8 * 7 {
+        return Recompression::Fully;
+    }
+    if h.oldest_s >= h.idle_s {
+        return Recompression::Gently;
+    }
+    Recompression::Rest
+}
+
 /// What the growth thread knows.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Demand {
@@ -102,6 +139,15 @@ mod tests {
         assert!(at(990, 9).is_none());
         assert!(at(100, 5) > at(900, 5));
         assert!(at(500, 50) > at(500, 5));
+    }
+
+    #[test]
+    fn pages_are_compressed_again_when_old_or_when_memory_is_short() {
+        let h = Heat { hot_bytes: 10, hot_limit: 50, held_bytes: 60, limit_bytes: 100, oldest_s: 9, idle_s: 10 };
+        assert_eq!(recompression(&h), Recompression::Rest);
+        assert_eq!(recompression(&Heat { oldest_s: 10, ..h }), Recompression::Gently);
+        assert_eq!(recompression(&Heat { hot_bytes: 51, ..h }), Recompression::Fully);
+        assert_eq!(recompression(&Heat { held_bytes: 90, ..h }), Recompression::Fully);
     }
 
     #[test]

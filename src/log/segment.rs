@@ -2,10 +2,10 @@
 //! it is live; a lane or the cleaner appends to the open ones it owns.
 //!
 //! ```text
-//! entry word 0   7..0 state · 15..8 tier (0 memory) · 63..32 frame
+//! entry word 0   7..0 state · 63..32 frame
 //!            1   31..0 live bytes · 63..32 bytes used
 //!            2   sequence number at sealing: the age
-//!            3   zero
+//!            3   31..0 when it was sealed, in seconds of the host's running · 32 cold: compressed again
 //! ```
 //! States: free → open → sealed → retired → free, and sealed ↔ cleaning. Live bytes are added
 //! before the slot that names them is committed and taken off after the slot that named them was
@@ -29,6 +29,7 @@ pub(super) const SEALED: u64 = 2;
 pub(super) const CLEANING: u64 = 3;
 pub(super) const RETIRED: u64 = 4;
 pub(super) const USED_SHIFT: u32 = 32;
+const COLD: u64 = 1 << 32;
 
 /// The segment table, with what is counted over all of it.
 pub(crate) struct Segments {
@@ -55,11 +56,13 @@ impl Segments {
         }
     }
 
-    pub fn open(&self, arena: &Arena, keep: u32) -> Option<Open> {
+    /// `cold`: for pages that are compressed again, and not to be a third time.
+    pub fn open(&self, arena: &Arena, keep: u32, cold: bool, age_s: u32) -> Option<Open> {
         let (segment, frame) = arena.take_segment(keep)?;
         let e = arena.segment_entry(segment);
         debug_assert_eq!(e[0].load(Ordering::Relaxed) & STATE, FREE);
         e[1].store(0, Ordering::Relaxed);
+        e[3].store(if cold { COLD } else { 0 } | u64::from(age_s), Ordering::Relaxed);
         crash_point!("open: counts cleared, state still free");
         e[0].store(OPEN | u64::from(frame.0) << 32, Ordering::Release);
         Some(Open { segment, frame, used: 0 })
@@ -83,8 +86,10 @@ impl Segments {
         live == bytes && self.retire_if_dead(arena, s)
     }
 
-    pub fn seal(&self, arena: &Arena, open: Open) -> bool {
+    /// `age_s`: when its content was written, in seconds of the host's running.
+    pub fn seal(&self, arena: &Arena, open: Open, age_s: u32) -> bool {
         let e = arena.segment_entry(open.segment);
+        e[3].store(e[3].load(Ordering::Relaxed) & COLD | u64::from(age_s), Ordering::Relaxed);
         e[2].store(self.sequence.fetch_add(1, Ordering::Relaxed), Ordering::Relaxed);
         crash_point!("seal: sequence stored");
         e[1].fetch_add((open.used as u64) << USED_SHIFT, Ordering::AcqRel);
@@ -175,6 +180,19 @@ impl Segments {
         Some((counts as u32, (counts >> USED_SHIFT) as u32, age))
     }
 
+    /// The number that a segment was given when it was sealed, which no other sealing has; None: it is
+    /// not sealed now. Its records do not change from then on until it is free.
+    pub fn sealed_as(&self, arena: &Arena, s: SegmentId) -> Option<u64> {
+        let e = arena.segment_entry(s);
+        matches!(e[0].load(Ordering::Acquire) & STATE, SEALED | CLEANING).then(|| e[2].load(Ordering::Relaxed))
+    }
+
+    /// When a sealed segment's content was written, and whether it is cold.
+    pub fn past(&self, arena: &Arena, s: SegmentId) -> (u32, bool) {
+        let word = arena.segment_entry(s)[3].load(Ordering::Relaxed);
+        (word as u32, word & COLD != 0)
+    }
+
     /// Live bytes of a segment in any state but free.
     pub fn live(&self, arena: &Arena, s: SegmentId) -> u32 {
         let e = arena.segment_entry(s);
@@ -208,11 +226,11 @@ mod models {
         model(None, move || {
             let arena = Arc::new(Arena::simulated(32, 2, 1, 4096));
             let segments = Arc::new(Segments::new(2));
-            let open = segments.open(&arena, 0).expect("a frame is free");
+            let open = segments.open(&arena, 0, false, 0).expect("a frame is free");
             let s = open.segment;
             segments.add_live(&arena, s, 30);
             if cleaned {
-                segments.seal(&arena, open);
+                segments.seal(&arena, open, 0);
                 segments.begin_cleaning(&arena, s).expect("it is sealed");
             }
             // A slot names each record until it is dead.
@@ -229,7 +247,7 @@ mod models {
             match cleaned {
                 true => segments.end_cleaning(&arena, s),
                 false => {
-                    segments.seal(&arena, open);
+                    segments.seal(&arena, open, 0);
                 }
             }
             if segments.take_retired(0) != 0 {

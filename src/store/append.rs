@@ -4,11 +4,21 @@
 use super::Shared;
 use crate::arena::Arena;
 use crate::codec::{self, most_payload, Codec};
+use crate::config::{Checked, CodecChoice};
 use crate::log::record::{Header, GROUP_HEADER, MAX_GROUP, SINGLE_HEADER};
 use crate::log::segment::Open;
 use crate::map::{Slot, Stored};
 use crate::page::{PageNo, VolumeId, PAGE_BYTES};
 use std::sync::atomic::Ordering;
+
+/// Frames that all others leave for the cleaner, so that it can always make room: one for each of its
+/// streams. Lanes leave as many for the one that compresses again, if there is one.
+pub(super) const KEEP_FOR_CLEANER: u32 = 2;
+
+/// Frames that lanes leave.
+pub(super) fn kept_by_lanes(config: &Checked) -> u32 {
+    KEEP_FOR_CLEANER * if config.cold.is_some() { 2 } else { 1 }
+}
 
 /// Streams keep apart what will die or move at different times.
 #[derive(Clone, Copy)]
@@ -53,12 +63,31 @@ pub(super) struct Appender {
     scratch: Box<[u8]>,
     /// Frames to leave for others.
     keep: u32,
+    /// What it writes is cold.
+    cold: bool,
+    /// When what it writes was first written; None: now.
+    pub age_s: Option<u32>,
 }
 
 impl Appender {
     pub fn new(shared: &Shared, keep: u32) -> Appender {
         let scratch = vec![0xa5; shared.config.group_pages_seen.max(1) * PAGE_BYTES].into_boxed_slice();
-        Appender { codec: Codec::new(shared.config.codec, shared.config.codecs_seen), open: [None; 2], scratch, keep }
+        let codec = Codec::new(shared.config.codec, shared.config.codecs_seen);
+        Appender { codec, open: [None; 2], scratch, keep, cold: false, age_s: None }
+    }
+
+    /// One that compresses pages again, by `codec`. It leaves to the cleaner what that needs.
+    pub fn cold(shared: &Shared, codec: CodecChoice) -> Appender {
+        let codec = Codec::new(codec, shared.config.codecs_seen);
+        Appender { codec, cold: true, ..Appender::new(shared, KEEP_FOR_CLEANER) }
+    }
+
+    fn seal(&self, s: &Shared, open: Open) -> bool {
+        s.segments.seal(&s.arena, open, self.age_s(s))
+    }
+
+    fn age_s(&self, s: &Shared) -> u32 {
+        self.age_s.unwrap_or_else(|| s.clock_s.load(Ordering::Relaxed))
     }
 
     /// Appends 1 to 16 contiguous pages as one record, compressed if that pays.
@@ -124,11 +153,13 @@ impl Appender {
                 return Some(open);
             }
             *place = None;
-            if s.segments.seal(&s.arena, open) {
+            if self.seal(s, open) {
                 s.wake_cleaner();
             }
         }
-        *place = s.segments.open(&s.arena, self.keep);
+        let opened = s.segments.open(&s.arena, self.keep, self.cold, self.age_s(s));
+        let place = &mut self.open[stream as usize];
+        *place = opened;
         s.frames_taken.fetch_add(u64::from(place.is_some()), Ordering::Relaxed);
         let ready = s.arena.frames_ready();
         let reserve = s.reserve.load(Ordering::Relaxed);
@@ -141,8 +172,8 @@ impl Appender {
 
     /// Seals what is open: nothing more comes.
     pub fn close(&mut self, s: &Shared) {
-        for open in self.open.iter_mut().filter_map(Option::take) {
-            s.segments.seal(&s.arena, open);
+        for open in std::mem::take(&mut self.open).into_iter().flatten() {
+            self.seal(s, open);
         }
         s.wake_cleaner();
     }

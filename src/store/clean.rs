@@ -8,13 +8,14 @@
 //! A claimed segment cannot be reused, so a slot word that names it cannot come back with another
 //! meaning: the exchange has no ABA.
 
-use super::append::{Appended, Appender, Outcome};
+use super::append::{Appender, Outcome};
+use super::recompress::Recompressor;
 use super::{grow, Shared};
 use crate::log::policy::{cleaning, worth, Candidate, Cleaning};
 use crate::log::record::{Header, MAX_GROUP};
 use crate::log::segment::Open;
 use crate::map::{self, swap_if, Slot, Stored};
-use crate::page::{PageNo, SegmentId, PAGE_BYTES};
+use crate::page::{PageNo, SegmentId, VolumeId, PAGE_BYTES};
 use crate::sync::yield_now;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
@@ -29,12 +30,15 @@ pub(super) struct Cleaner {
     appender: Appender,
     victims: Vec<(f64, u32)>,
     plain: Box<[u8]>,
+    recompressor: Option<Recompressor>,
 }
 
 impl Cleaner {
     pub fn new(shared: Arc<Shared>) -> Cleaner {
         let plain = vec![0xa5; shared.config.group_pages_seen * PAGE_BYTES].into_boxed_slice();
-        Cleaner { appender: Appender::new(&shared, 0), victims: Vec::with_capacity(BATCH + 1), plain, shared }
+        let recompressor = shared.config.cold.map(|cold| Recompressor::new(&shared, cold));
+        let appender = Appender::new(&shared, 0);
+        Cleaner { appender, victims: Vec::with_capacity(BATCH + 1), plain, recompressor, shared }
     }
 
     pub fn run(&mut self) {
@@ -56,14 +60,23 @@ impl Cleaner {
         if how != Cleaning::Rest {
             self.clean();
         }
+        let cleaned = how != Cleaning::Rest && shared.cleaned.load(Ordering::Relaxed) != before;
+        // Making room comes first.
+        let more = match &mut self.recompressor {
+            Some(recompressor) if how != Cleaning::Urgent || !cleaned => recompressor.step(&shared),
+            _ => false,
+        };
         self.release();
-        how != Cleaning::Rest && shared.cleaned.load(Ordering::Relaxed) != before
+        cleaned || more
     }
 
     /// Seals what survivors went to: nothing more comes.
     pub fn close(&mut self) {
         let shared = self.shared.clone();
         self.appender.close(&shared);
+        if let Some(recompressor) = &mut self.recompressor {
+            recompressor.appender.close(&shared);
+        }
     }
 
     /// Frees what was retired, after one grace period for all of it.
@@ -108,7 +121,8 @@ impl Cleaner {
                 self.victims.truncate(BATCH);
             }
         }
-        cleaning(s.arena.frames_ready(), grow::growable_frames(s), s.reserve.load(Ordering::Relaxed), sealed, live_all)
+        let reserve = s.reserve.load(Ordering::Relaxed).max(grow::least_reserve(&s.config));
+        cleaning(s.arena.frames_ready(), grow::growable_frames(s), reserve, sealed, live_all)
     }
 
     fn clean(&mut self) {
@@ -116,7 +130,19 @@ impl Cleaner {
             let id = SegmentId(self.victims[i].1);
             let shared = self.shared.clone();
             let Some(victim) = shared.segments.begin_cleaning(&shared.arena, id) else { continue };
-            let room = self.move_survivors(&shared, victim);
+            let (age_s, cold) = shared.segments.past(&shared.arena, id);
+            let room = match &mut self.recompressor {
+                // What is cold stays so: its survivors go to its own stream.
+                Some(own) if cold => {
+                    std::mem::swap(&mut self.appender, &mut own.appender);
+                    let room = self.move_survivors(&shared, victim, age_s);
+                    if let Some(own) = &mut self.recompressor {
+                        std::mem::swap(&mut self.appender, &mut own.appender);
+                    }
+                    room
+                }
+                _ => self.move_survivors(&shared, victim, age_s),
+            };
             shared.segments.end_cleaning(&shared.arena, id);
             if !room {
                 return;
@@ -129,7 +155,8 @@ impl Cleaner {
     }
 
     /// Copies the live records of a victim. False: no room for them; what was not copied stays.
-    fn move_survivors(&mut self, s: &Shared, victim: Open) -> bool {
+    fn move_survivors(&mut self, s: &Shared, victim: Open, age_s: u32) -> bool {
+        self.appender.age_s = Some(age_s);
         let mut at = 0;
         while at < victim.used {
             let (header, record) =
@@ -153,7 +180,7 @@ impl Cleaner {
         };
         let mut live = [false; MAX_GROUP];
         for (i, l) in live.iter_mut().enumerate().take(header.pages) {
-            *l = self.page_word(s, header, i) == word(i);
+            *l = word_of(s, header.volume, page(header, i)) == word(i);
         }
         let count = live.iter().filter(|l| **l).count();
         if count == 0 {
@@ -161,7 +188,7 @@ impl Cleaner {
         }
         if count == header.pages {
             let Outcome::Done(copy) = self.appender.copy(s, header, record) else { return false };
-            (0..header.pages).for_each(|i| self.relocate(s, header, i, word(i), copy, i));
+            (0..header.pages).for_each(|i| relocate(s, header.volume, page(header, i), word(i), copy.slot(i)));
             return true;
         }
         // A group of which some pages died: the rest is compressed anew.
@@ -192,9 +219,9 @@ impl Cleaner {
                 continue;
             }
             let bytes = &plain[i * PAGE_BYTES..(i + run) * PAGE_BYTES];
-            match self.appender.pages(s, header.volume, PageNo(header.page.0 + i as u32), bytes) {
+            match self.appender.pages(s, header.volume, page(header, i), bytes) {
                 Outcome::Done(copy) => {
-                    (0..run).for_each(|k| self.relocate(s, header, i + k, word(i + k), copy, k));
+                    (0..run).for_each(|k| relocate(s, header.volume, page(header, i + k), word(i + k), copy.slot(k)));
                     i += run;
                 }
                 Outcome::Split => alone_until = i + run,
@@ -203,28 +230,31 @@ impl Cleaner {
         }
         true
     }
+}
 
-    fn page_word(&self, s: &Shared, header: Header, i: usize) -> Slot {
-        let lane = s.config.max_lanes;
-        s.epochs.enter(lane);
-        let word = map::load(&s.map, &s.arena, header.volume, PageNo(header.page.0 + i as u32));
-        s.epochs.leave(lane);
-        word
-    }
+fn page(header: Header, i: usize) -> PageNo {
+    PageNo(header.page.0 + i as u32)
+}
 
-    /// Points a page's slot to its copy, if it still names the original.
-    fn relocate(&self, s: &Shared, header: Header, i: usize, old: Slot, copy: Appended, index: usize) {
-        let new = copy.slot(index);
-        let page = PageNo(header.page.0 + i as u32);
-        let lane = s.config.max_lanes;
-        s.epochs.enter(lane);
-        let leaf = s.map.leaf(&s.arena, header.volume, page.cluster());
-        crash_point!("clean: copied, slot names the original");
-        let moved = leaf.is_some_and(|leaf| swap_if(&leaf[page.slot()], old, new));
-        s.epochs.leave(lane);
-        crash_point!("clean: slot names the copy");
-        // Exactly one of the two words is out of use now.
-        let map::Kind::Stored(dead) = (if moved { old } else { new }).kind() else { return };
-        s.segments.take_live(&s.arena, dead.segment, dead.share);
-    }
+/// What names a page now.
+pub(super) fn word_of(s: &Shared, volume: VolumeId, page: PageNo) -> Slot {
+    let lane = s.config.max_lanes;
+    s.epochs.enter(lane);
+    let word = map::load(&s.map, &s.arena, volume, page);
+    s.epochs.leave(lane);
+    word
+}
+
+/// Points a page's slot to its copy, if it still names the original.
+pub(super) fn relocate(s: &Shared, volume: VolumeId, page: PageNo, old: Slot, new: Slot) {
+    let lane = s.config.max_lanes;
+    s.epochs.enter(lane);
+    let leaf = s.map.leaf(&s.arena, volume, page.cluster());
+    crash_point!("clean: copied, slot names the original");
+    let moved = leaf.is_some_and(|leaf| swap_if(&leaf[page.slot()], old, new));
+    s.epochs.leave(lane);
+    crash_point!("clean: slot names the copy");
+    // Exactly one of the two words is out of use now.
+    let map::Kind::Stored(dead) = (if moved { old } else { new }).kind() else { return };
+    s.segments.take_live(&s.arena, dead.segment, dead.share);
 }

@@ -3,8 +3,10 @@
 //! for memory as long as it likes, since nothing waits for it but parked writes; but it waits here,
 //! where a signal ends it, and never in the kernel's allocator (`arena/spare.rs`).
 
+use super::append::kept_by_lanes;
 use super::Shared;
-use crate::arena::{host_memory, Resident, Spare};
+use crate::arena::{host_memory, host_seconds, Resident, Spare};
+use crate::config::Checked;
 use crate::error::Result;
 use crate::log::policy::{reserve_frames, surplus_frames, Demand};
 use crate::page::{FrameNo, MetaNo, PAGE_BYTES};
@@ -36,6 +38,11 @@ pub(super) fn known_segments(s: &Shared) -> u32 {
 pub(super) fn growable_frames(s: &Shared) -> u32 {
     let left = s.config.limit_bytes.saturating_sub(s.held_bytes());
     (left / s.arena.segment_bytes() as u64) as u32
+}
+
+/// A reserve of which lanes get something.
+pub(super) fn least_reserve(config: &Checked) -> u32 {
+    kept_by_lanes(config) + 2
 }
 
 pub(super) struct Growth {
@@ -98,6 +105,7 @@ impl Growth {
         let s = self.shared.clone();
         let _busy = s.quiet[0].lock().unwrap_or_else(PoisonError::into_inner);
         let (ram_bytes, free_bytes) = host_memory()?;
+        s.clock_s.store(host_seconds()?, Ordering::Relaxed);
         self.measure_rate(&s);
         let reserve = reserve_frames(&Demand {
             ram_bytes,
@@ -106,6 +114,7 @@ impl Growth {
             segment_bytes: s.arena.segment_bytes() as u64,
             frames_per_second: self.per_second,
         });
+        let reserve = reserve.max(least_reserve(&s.config));
         s.reserve.store(reserve, Ordering::Relaxed);
         self.grow_meta(&s)?;
         while s.arena.frames_ready() < reserve && growable_frames(&s) > 0 && !s.stop.load(Ordering::Relaxed) {

@@ -1,11 +1,10 @@
 //! A lane: one thread's way into a volume. Everything a request needs was made when the lane was
 //! opened; no request allocates, takes a lock or waits for another thread's memory.
 
-use super::append::{Appender, Outcome};
+use super::append::{kept_by_lanes, Appender, Outcome};
 use super::{Shared, Store};
 use crate::codec::{fill, same_filled};
 use crate::error::{Error, Result};
-use crate::log::record::Header;
 use crate::map::{swap_if, Kind, Slot, Stored};
 use crate::page::{PageNo, VolumeId, CLUSTER_PAGES, PAGE_BYTES, SECTOR_BYTES};
 use crate::sync::yield_now;
@@ -14,10 +13,16 @@ use std::time::Duration;
 
 /// Pages handled within one epoch: bounds how long the cleaner waits for a lane.
 const EPOCH_PAGES: usize = 16;
-/// Frames that lanes leave for the cleaner, so that it can always make room.
-const KEEP_FOR_CLEANER: u32 = 2;
 /// A blocking write that makes no progress for this long is refused.
 const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Where a decoded group stood. A segment that was sealed then and still has that number has the same
+/// bytes; of one that was still open this is sure within one epoch only.
+#[derive(Clone, Copy)]
+struct Decoded {
+    at: Stored,
+    sealed: Option<u64>,
+}
 
 /// One I/O thread's way into a [`crate::Volume`].
 pub struct Lane {
@@ -25,16 +30,16 @@ pub struct Lane {
     volume: VolumeId,
     index: usize,
     appender: Appender,
-    /// The last group decoded, and the record it came from; valid within one epoch.
+    /// The last group decoded, and where it came from: neighbours are often read next, each alone.
     group: Box<[u8]>,
-    group_of: Option<(Stored, Header)>,
+    group_of: Option<Decoded>,
 }
 
 impl Lane {
     pub(crate) fn open(store: Store, volume: VolumeId) -> Result<Lane> {
         let index = store.take_lane()?;
         let s = store.shared();
-        let appender = Appender::new(s, KEEP_FOR_CLEANER);
+        let appender = Appender::new(s, kept_by_lanes(&s.config));
         let group = vec![0xa5; if s.config.group_pages_seen > 1 { s.config.group_pages_seen * PAGE_BYTES } else { 0 }];
         Ok(Lane { volume, index, appender, group: group.into(), group_of: None, store })
     }
@@ -199,7 +204,7 @@ impl Lane {
     fn in_epoch<T>(&mut self, body: impl FnOnce(&mut Lane, &Shared) -> T) -> T {
         let shared = self.store.shared().clone();
         shared.epochs.enter(self.index);
-        self.group_of = None;
+        self.group_of = self.group_of.filter(|group| group.sealed.is_some());
         let result = body(self, &shared);
         shared.epochs.leave(self.index);
         result
@@ -233,14 +238,17 @@ impl Lane {
             return if self.appender.codec.decompress(header.codec, payload, out) { Ok(()) } else { Err(corrupt()) };
         }
         let whole = header.pages * PAGE_BYTES;
-        let same = self.group_of.is_some_and(|(of, _)| (of.segment, of.offset) == (at.segment, at.offset));
+        let sealed = s.segments.sealed_as(&s.arena, at.segment);
+        let same = self.group_of.is_some_and(|group| {
+            (group.at.segment, group.at.offset) == (at.segment, at.offset) && group.sealed == sealed
+        });
         if !same {
             self.group_of = None;
             let group = self.group.get_mut(..whole).ok_or_else(corrupt)?;
             if !self.appender.codec.decompress(header.codec, payload, group) {
                 return Err(corrupt());
             }
-            self.group_of = Some((at, header));
+            self.group_of = Some(Decoded { at, sealed });
         }
         out.copy_from_slice(&self.group[at.index as usize * PAGE_BYTES..][..PAGE_BYTES]);
         Ok(())

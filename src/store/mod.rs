@@ -2,7 +2,8 @@
 //!
 //! Who does what: *lanes* (one to an I/O thread) read and write and never wait; the *growth*
 //! thread alone asks the host for memory and gives it back; the *cleaner* thread copies what is
-//! live out of segments that are mostly dead and returns memory after its grace period.
+//! live out of segments that are mostly dead, returns memory after its grace period, and compresses
+//! again what has long lain still.
 //!
 //! What a store holds is in its arena, and everything else can be made anew from that
 //! (`recover.rs`); `audit.rs` says the same invariants once more, as a check.
@@ -18,6 +19,7 @@ mod grow;
 mod lane;
 #[cfg(all(test, loom))]
 mod models;
+mod recompress;
 mod recover;
 mod standby;
 #[cfg(feature = "crash-points")]
@@ -76,6 +78,11 @@ pub(crate) struct Shared {
     pub known: AtomicU32,
     pub frames_taken: AtomicU64,
     pub cleaned: AtomicU64,
+    pub recompressed: AtomicU64,
+    /// All that is not cold is to be compressed again, whatever its age.
+    pub recompress_all: AtomicBool,
+    /// The host's seconds, as growth last saw them.
+    pub clock_s: AtomicU32,
     growth: OnceLock<Thread>,
     cleaner: OnceLock<Thread>,
     lanes: Mutex<Vec<bool>>,
@@ -105,6 +112,9 @@ impl Shared {
             known: AtomicU32::new(found.known),
             frames_taken: AtomicU64::new(0),
             cleaned: AtomicU64::new(0),
+            recompressed: AtomicU64::new(0),
+            recompress_all: AtomicBool::new(false),
+            clock_s: AtomicU32::new(0),
             growth: OnceLock::new(),
             cleaner: OnceLock::new(),
             lanes: Mutex::new(vec![false; config.max_lanes]),
@@ -271,7 +281,8 @@ impl Store {
         };
         let sum_u = |f: fn(&Counters) -> &AtomicU64| s.counters.iter().map(|c| f(c).load(Ordering::Relaxed)).sum();
         let known = grow::known_segments(s);
-        let live_bytes = (0..known).map(|i| u64::from(s.segments.live(&s.arena, crate::page::SegmentId(i)))).sum();
+        let live = |id| u64::from(s.segments.live(&s.arena, id));
+        let live_bytes = (0..known).map(crate::page::SegmentId).map(live).sum();
         let volumes = self.volume_count();
         Stats {
             volumes: volumes as u64,
@@ -292,7 +303,22 @@ impl Store {
             written_pages: sum_u(|c| &c.writes),
             refused_writes: sum_u(|c| &c.refused),
             cleaned_segments: s.cleaned.load(Ordering::Relaxed),
+            cold_bytes: (0..known)
+                .map(crate::page::SegmentId)
+                .filter(|id| s.segments.past(&s.arena, *id).1)
+                .map(live)
+                .sum(),
+            recompressed_segments: s.recompressed.load(Ordering::Relaxed),
         }
+    }
+
+    /// Has all that is not cold yet compressed again, whatever its age, as far as it is sealed. False: the
+    /// store has no tier for that.
+    pub fn recompress(&self) -> bool {
+        let s = self.shared();
+        s.recompress_all.store(s.config.cold.is_some(), Ordering::Relaxed);
+        s.wake_cleaner();
+        s.config.cold.is_some()
     }
 
     pub(crate) fn shared(&self) -> &Arc<Shared> {

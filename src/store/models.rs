@@ -45,6 +45,8 @@ fn store() -> Store {
         hugetlb: false,
         thread_start: None,
         group_pages_seen: 1,
+        hot_bytes: 1 << 20,
+        cold: None,
         codecs_seen: CodecChoice::Lz4.bit(),
     };
     let found = Found { frames: all(FRAMES), meta: all(META), known: FRAMES, pages: Pages::default(), volumes: 1 };

@@ -183,6 +183,7 @@ impl Agent {
             }
             Request::Stop { .. } => r#"{"cmd":"stop"}"#,
             Request::Resize { bytes } => &format!(r#"{{"cmd":"resize","bytes":{bytes}}}"#),
+            Request::Recompress => r#"{"cmd":"recompress"}"#,
             Request::Upgrade { program } => {
                 return match program.to_str().is_some_and(|path| self.shared.ask_upgrade(path)) {
                     true => Answer::done(),

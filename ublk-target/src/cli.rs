@@ -40,6 +40,8 @@ pub enum Command {
     Swapon(SwapOnArgs),
     /// Swap a device off, or one window of it; ended halfway, what is left stays in use
     Swapoff(SwapOffArgs),
+    /// Compress again, now, all pages that the second tier would come to when they have lain still
+    Recompress(Recompress),
     /// Make a live device larger
     Resize(Resize),
     /// Replace the running daemon of a device by this program, while the device is in use
@@ -66,7 +68,8 @@ pub struct Add {
     /// Requests in flight for each queue
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub depth: u16,
-    /// Where pages are kept, hottest first, as in ram,limit=4G,codec=lz4 [default: ram,limit=50%,codec=lz4]
+    /// Where pages are kept, as in ram,limit=4G,codec=lz4 [default: ram,limit=50%,codec=lz4]. A second one:
+    /// how they are compressed again when they have lain still, as in ram,codec=zstd:3,group=64K,idle=10m
     #[arg(long = "tier", value_name = "SPEC", value_parser = tier)]
     pub tiers: Vec<TierConfig>,
     /// Seconds without a sign of life after which a worker is killed and replaced (0: never)
@@ -153,6 +156,13 @@ pub struct Stop {
     /// Do nothing unless systemd is stopping this unit for good
     #[arg(long)]
     pub unit: Option<String>,
+}
+
+/// `recompress`.
+#[derive(Args)]
+pub struct Recompress {
+    /// Number of the device
+    pub id: u32,
 }
 
 /// `resize`.

@@ -8,6 +8,7 @@
 //! | `{"cmd":"resize","bytes":8192}` | `{"ok":true}` once the device has that size |
 //! | `{"cmd":"swapon","what":"windows"}` | `{"ok":true}` once it is swapped to; also `"whole"`, `{"window":BYTES}` |
 //! | `{"cmd":"swapoff"}` | `{"ok":true}`: the daemon opens and closes no more windows |
+//! | `{"cmd":"recompress"}` | `{"ok":true}`: all that is not cold yet will be compressed again |
 //! | `{"cmd":"upgrade","program":"/path"}` | `{"ok":true}` once the supervisor was told; status tells the rest |
 //!
 //! A refusal is `{"ok":false,"error":"one line"}`. The agent serves it; a client that sends nothing
@@ -55,6 +56,8 @@ pub enum Request {
     },
     /// Leave the device's swap areas alone from now on: they are being swapped off.
     SwapOff {},
+    /// Compress again, now, all that the second tier would come to in time.
+    Recompress,
     /// Replace supervisor and worker by this program's.
     Upgrade {
         /// Its path.

@@ -51,7 +51,8 @@ fn main() -> ExitCode {
         Command::Stop(stop) => unit::stop(stop.id, stop.unit.as_deref()),
         Command::Swapon(how) => windows::swap_on(how.id, wanted(&how)),
         Command::Swapoff(what) => windows::swap_off(what.id, what.window, what.rate),
-        Command::Resize(resize) => run_resize(resize.id, resize.size),
+        Command::Recompress(which) => carry_out(which.id, &Request::Recompress),
+        Command::Resize(resize) => carry_out(resize.id, &Request::Resize { bytes: resize.size }),
         Command::Upgrade(upgrade) => run_upgrade(upgrade.id, upgrade.program),
         Command::Formats => {
             println!("{}", handover::formats());
@@ -171,8 +172,9 @@ fn status(id: Option<u32>, as_json: bool) -> Result<()> {
     Ok(())
 }
 
-fn run_resize(id: u32, bytes: u64) -> Result<()> {
-    match control::ask(id, &Request::Resize { bytes })? {
+/// Has the daemon of a device do something of which there is nothing to tell.
+fn carry_out(id: u32, request: &Request) -> Result<()> {
+    match control::ask(id, request)? {
         Some(answer) if answer.ok => Ok(()),
         Some(answer) => bail!("{}", answer.error.unwrap_or_else(|| "the daemon refused".into())),
         None => bail!("no such device: ublkb{id}"),

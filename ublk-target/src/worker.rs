@@ -230,6 +230,10 @@ impl Device {
                 let (answer, stop) = match serde_json::from_str(&text) {
                     Ok(Request::Status) => (self.status(), false),
                     Ok(Request::Stop { .. }) => (Answer::done(), true),
+                    Ok(Request::Recompress) if self.store.recompress() => (Answer::done(), false),
+                    Ok(Request::Recompress) => {
+                        (Answer::refusal("the device has no second tier: give --tier twice"), false)
+                    }
                     Ok(Request::Resize { bytes }) => (self.resize(bytes), false),
                     Ok(_) => (Answer::refusal("that is not the worker's to do"), false),
                     Err(e) => (Answer::refusal(format!("bad request: {e}")), false),

@@ -1,10 +1,11 @@
 #!/bin/sh
 # In the guest: swap windows. A 16T device swapped to by windows; a hog grows and goes, three times;
-# windows follow. Then windows by hand. Status 1 if a page was wrong, a write failed, anything was
+# windows follow. With NEXT, another build, the worker is killed while the second grows, and agent and
+# all are replaced while the third does. Then windows by hand. Status 1 if a page was wrong, a write failed, anything was
 # OOM-killed, windows did not follow, or areas cost the kernel too much at the start.
-# Arguments: HOG_MIB, THP (always | never), TIER
+# Arguments: HOG_MIB, THP (always | never), TIER, [NEXT]
 set -eu
-hog=$1 thp=$2 tier=$3
+hog=$1 thp=$2 tier=$3 next=${4:-}
 echo "$thp" > /sys/kernel/mm/transparent_hugepage/enabled
 echo "kernel $(uname -r), THP $thp, hog $hog MiB, tier $tier"
 rc=0
@@ -27,6 +28,18 @@ for round in 1 2 3; do
     ghostswap-hog --mib "$hog" --threads 2 --seconds 5 --thp "$thp" > /tmp/hog.out 2>&1 &
     hogpid=$!
     most='0 0 0'
+    if [ -n "$next" ]; then
+        while kill -0 $hogpid 2> /dev/null && [ "$(areas | cut -d' ' -f1)" -lt 2 ]; do sleep 0.1; done
+        sleep 1
+        case $round in
+        2) kill -KILL "$(ghostswap-ublk status --json | grep -oE '"pid":[0-9]+' | head -n 1 | cut -d: -f2)" || fail "no worker" ;;
+        3)
+            kill -KILL "$(pidof gs-agent)" || fail "no agent"
+            sleep 1
+            ghostswap-ublk upgrade 0 --program "/bin/$next" || fail "upgrade"
+            ;;
+        esac
+    fi
     while kill -0 $hogpid 2> /dev/null; do
         now=$(areas)
         [ "${now##* }" -le "${most##* }" ] || most=$now

@@ -10,6 +10,9 @@ use std::time::Duration;
 const GIB: f64 = (1u64 << 18) as f64;
 const TICK: Duration = Duration::from_millis(200);
 
+/// GiB wanted swapped out at a second.
+type Curve = fn(f64) -> f64;
+
 /// What a run showed.
 #[derive(Debug, Default)]
 struct Outcome {
@@ -109,7 +112,7 @@ const SMALL: Machine = Machine { ram: 1 << 18, store: 1 << 20 };
 const LARGE: Machine = Machine { ram: 1 << 25, store: 1 << 27 };
 
 /// Curves of 10 minutes in GiB, by what a machine of 1 GiB could do.
-fn curves() -> Vec<(&'static str, fn(f64) -> f64)> {
+fn curves() -> Vec<(&'static str, Curve)> {
     vec![
         ("slow leak", |t| t / 600.0 * 3.0),
         ("burst of 100 MiB/s", |t| ((t - 5.0) * 0.1).clamp(0.0, 3.5)),
