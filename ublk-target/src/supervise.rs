@@ -230,7 +230,8 @@ impl<'a> Supervisor<'a> {
             self.agent_due = now + LOOK_EVERY;
             self.start_agent();
         }
-        if now >= self.standby_due {
+        // A take-over under way is not to share the CPUs with the making of the next standby.
+        if now >= self.standby_due && (self.died.is_none() || self.standbys.is_empty()) {
             self.stand_by();
         }
     }
