@@ -13,6 +13,8 @@ mod board;
 mod claim;
 mod cli;
 mod control;
+#[cfg(feature = "crash-points")]
+mod crash;
 mod daemon;
 mod device;
 mod doctor;

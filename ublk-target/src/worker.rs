@@ -162,7 +162,11 @@ impl<'a> Ready<'a> {
         // begins growth, which is real-time and maps all of the arena.
         let claimed = self.watched.map(|(ctrl, mut claim)| claim.wait().map(|()| ctrl)).transpose()?;
         steps.done("claim");
+        #[cfg(feature = "crash-points")]
+        crate::crash::arm(&self.shared);
         let store = self.standby.open()?;
+        #[cfg(feature = "crash-points")]
+        crate::crash::recovered();
         let volume = match store.volumes().into_iter().next() {
             Some(volume) => volume,
             None => store.create_volume(self.add.size)?,
