@@ -11,8 +11,10 @@
 //! only then cancels *all fetch commands of the device*. Whoever claims it in between and fetches at
 //! once has those commands cancelled; the driver gives them back and uses them all the same when a
 //! request comes, and the kernel crashes. A take-over is real-time and that work item is not, so in
-//! between is just where it would be. So with such a driver, after the claim, when there is nothing to
-//! cancel yet, it has the kernel go through the work items of all CPUs ([`FLUSH`]) and waits for that.
+//! between is just where it would be. So with such a driver it sleeps for [`LET_FINISH`] after the
+//! claim, when there is nothing to cancel yet and no thread of its own keeps the CPU from others. To
+//! wait for the kernel's work items themselves (`/proc/sys/vm/stat_refresh` does) is no remedy: one of
+//! them may be waiting for memory, and so for this device.
 //!
 //! Only this one command; all others are libublk's, which does not wait for anything in them.
 
@@ -23,7 +25,7 @@ use anyhow::{bail, Context, Result};
 use io_uring::{cqueue, opcode, squeue, types, IoUring};
 use libublk::sys::{self, ublksrv_ctrl_cmd as Command};
 use std::fs::{File, OpenOptions};
-use std::io::{Error as OsError, Write};
+use std::io::Error as OsError;
 use std::mem::offset_of;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -34,11 +36,8 @@ const ASK_EVERY: Duration = Duration::from_millis(2);
 /// How long the driver may take to see that a worker died: up to 6.14, when all of a queue's requests
 /// were under way, it finds out by their time-out of 30 s.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Written to, it has every CPU do a work item, behind those that it has begun, and waits for them.
-const FLUSH: &str = "/proc/sys/vm/stat_refresh";
-/// How long an older driver has to finish with the one who died where that cannot be had.
-const LET_FINISH: Duration = Duration::from_millis(20);
-
+/// How long an older driver has to finish with the one who died: a few time slices.
+const LET_FINISH: Duration = Duration::from_millis(25);
 /// A driver that has this (Linux 6.16) notices a death when the device's node is closed for the last
 /// time, and cancels nothing later.
 const NEWER: u64 = sys::UBLK_F_QUIESCE as u64;
@@ -48,7 +47,6 @@ pub struct Claim {
     ring: IoUring<squeue::Entry128, cqueue::Entry>,
     node: File,
     id: u32,
-    flush: Option<File>,
 }
 
 /// Where the driver's first answer goes: for good, since the kernel writes there by its address.
@@ -60,8 +58,7 @@ impl Claim {
         let node =
             OpenOptions::new().read(true).write(true).open(CONTROL_NODE).context("cannot open the ublk driver")?;
         let ring = IoUring::builder().build(4).context("cannot set up a ring to the ublk driver")?;
-        let flush = OpenOptions::new().write(true).open(FLUSH).ok();
-        let mut claim = Claim { ring, node, id, flush };
+        let mut claim = Claim { ring, node, id };
         // Also to have asked once.
         match claim.ask(sys::UBLK_U_CMD_GET_FEATURES, Some(&FEATURES))? {
             said if said < 0 => bail!("the ublk driver does not answer: {}", OsError::from_raw_os_error(-said)),
@@ -83,16 +80,9 @@ impl Claim {
             std::thread::sleep(ASK_EVERY);
         }
         if FEATURES.load(Ordering::Relaxed) & NEWER == 0 {
-            self.let_finish();
-        }
-        Ok(())
-    }
-
-    fn let_finish(&mut self) {
-        let flushed = self.flush.as_mut().is_some_and(|f| f.write_all(b"1").is_ok());
-        if !flushed {
             std::thread::sleep(LET_FINISH);
         }
+        Ok(())
     }
 
     /// Sends a command and waits for the driver's answer.
