@@ -1,6 +1,6 @@
 //! Crash points: places between two steps at which a test stops the process for good. With the
-//! feature `crash-points` off, as in every build but that of `tests/crash_points.rs`, the macro
-//! leaves nothing behind.
+//! feature `crash-points` off, as in every build but those of `tests/crash_points.rs` and
+//! `scripts/build-crash`, the macro leaves nothing behind.
 
 #[cfg(feature = "crash-points")]
 static HOOK: std::sync::OnceLock<fn(&'static str)> = std::sync::OnceLock::new();

@@ -67,13 +67,18 @@ fn leave_terminal() -> Result<()> {
 
 /// Tells the waiter that the device is live. A waiter that has gone away does not matter.
 pub fn tell_live(pipe: &mut UnixStream, path: &Path) {
-    let _ = writeln!(pipe, "live {}", path.display());
+    say(pipe, &format!("live {}", path.display()));
 }
 
 /// Tells the waiter why there will be no device.
 pub fn tell_error(pipe: &mut UnixStream, error: &anyhow::Error) {
     let line = format!("{error:#}").replace('\n', " ");
-    let _ = writeln!(pipe, "error {line}");
+    say(pipe, &format!("error {line}"));
+}
+
+/// Says a line in one piece: whoever is killed in between has said nothing.
+pub fn say(pipe: &mut UnixStream, line: &str) {
+    let _ = pipe.write_all(format!("{line}\n").as_bytes());
 }
 
 /// Waits for the daemon's word.

@@ -1,6 +1,7 @@
-//! The kernel's side of a device: making it, claiming it from a worker that died, what it is like,
-//! and libublk's errors in words.
+//! The kernel's side of a device: making it, watching one that another worker serves, what it is
+//! like, and libublk's errors in words. Claiming one is `claim.rs`.
 
+use crate::claim::Claim;
 use crate::cli::Add;
 use crate::queue::SLICE_BYTES;
 use anyhow::{anyhow, bail, Result};
@@ -8,14 +9,11 @@ use libublk::ctrl::{UblkCtrl, UblkCtrlBuilder};
 use libublk::io::UblkDev;
 use libublk::{sys, UblkError, UblkFlags};
 use std::path::Path;
-use std::time::{Duration, Instant};
 
 /// Largest request: what the kernel splits 2 MiB folios into.
 const MAX_IO_BYTES: u32 = 512 << 10;
 /// Largest discard, just under 4 GiB.
 const MAX_DISCARD_SECTORS: u32 = (u32::MAX >> 9) & !7;
-/// How long the driver may take to see that a worker died.
-const CLAIM_PATIENCE: Duration = Duration::from_secs(10);
 /// The driver's own node, there once it is loaded.
 pub const CONTROL_NODE: &str = "/dev/ublk-control";
 
@@ -48,13 +46,13 @@ pub fn kernel_has(id: u32) -> bool {
 const RECOVERY: u64 = (sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_REISSUE) as u64;
 
 /// Whether the kernel's driver can hand a device from one worker to another.
-pub fn can_recover() -> bool {
-    UblkCtrl::get_features().unwrap_or(0) & RECOVERY == RECOVERY
+pub fn can_recover(ctrl: &UblkCtrl) -> bool {
+    ctrl.get_driver_features().unwrap_or(0) & RECOVERY == RECOVERY
 }
 
 /// Whether the kernel's driver can make a live device larger.
-pub fn can_resize() -> bool {
-    UblkCtrl::get_features().unwrap_or(0) & u64::from(sys::UBLK_F_UPDATE_SIZE) != 0
+pub fn can_resize(ctrl: &UblkCtrl) -> bool {
+    ctrl.get_driver_features().unwrap_or(0) & u64::from(sys::UBLK_F_UPDATE_SIZE) != 0
 }
 
 /// Makes the kernel's device.
@@ -81,7 +79,7 @@ pub fn make(add: &Add) -> Result<UblkCtrl> {
 }
 
 /// Gets ready to claim a device, while another worker still serves it.
-pub fn watch(add: &Add, id: u32) -> Result<UblkCtrl> {
+pub fn watch(add: &Add, id: u32) -> Result<(UblkCtrl, Claim)> {
     let built = UblkCtrlBuilder::default()
         .name("ghostswap")
         .id(id as i32)
@@ -90,22 +88,7 @@ pub fn watch(add: &Add, id: u32) -> Result<UblkCtrl> {
         .io_buf_bytes(MAX_IO_BYTES)
         .dev_flags(UblkFlags::UBLK_DEV_F_RECOVER_DEV)
         .build();
-    built.map_err(|e| anyhow!("cannot reach ublkb{id}: {}", describe(&e)))
-}
-
-/// Claims a device whose worker died, as soon as the driver has seen the death.
-pub fn claim(ctrl: &UblkCtrl) -> Result<()> {
-    let began = Instant::now();
-    loop {
-        let answer = ctrl.start_user_recover();
-        let busy = matches!(&answer, Err(e) if errno(e) == libc::EBUSY) || matches!(answer, Ok(n) if n == -libc::EBUSY);
-        if !busy || began.elapsed() > CLAIM_PATIENCE {
-            let done =
-                answer.map_err(|e| anyhow!("cannot take over ublkb{}: {}", ctrl.dev_info().dev_id, describe(&e)));
-            return done.map(|_| ());
-        }
-        std::thread::sleep(Duration::from_millis(2));
-    }
+    Ok((built.map_err(|e| anyhow!("cannot reach ublkb{id}: {}", describe(&e)))?, Claim::new(id)?))
 }
 
 /// libublk's errors carry negative errnos in several shapes.

@@ -112,10 +112,12 @@ fn examine(here: &Machine) -> Vec<Check> {
 
     let mut checks = vec![machine::kernel(&release, features.flatten()), driver];
     checks.extend(features.map(machine::features).unwrap_or_default());
+    checks.extend(features.flatten().map(|features| machine::death(&release, features)));
     checks.extend([
         caller::capabilities(caps),
         caller::locked_memory(&text("proc/self/limits"), caps.unwrap_or(0)),
         caller::io_flusher(protect::can_become_flusher()),
+        caller::real_time(protect::can_be_first_in_line()),
         caller::oom_score(protect::can_avoid_oom_kill()),
         caller::cgroup(here),
         machine::zswap(here.text("sys/module/zswap/parameters/enabled").as_deref()),

@@ -2,6 +2,9 @@
 //! the ring full or busy is dropped and counted: whoever logs never waits for a disk, a journal or
 //! a terminal, any of which may be waiting for this very swap device, and asks for no memory.
 //!
+//! The ring has one writer at a time, the worker that serves or is about to: whoever stands by is
+//! silent, that is, its records are dropped and counted, until it is ordered.
+//!
 //! I/O threads do not log at all (formatting allocates); they count, and the main thread reports.
 
 use crate::board::Shared;
@@ -9,7 +12,7 @@ use anyhow::{Context, Result};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::path::Path;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use tracing_subscriber::fmt::MakeWriter;
 
@@ -26,14 +29,32 @@ pub enum Sink {
 
 /// Hands out writers into the ring.
 #[derive(Clone)]
-pub struct RingWriter(Arc<(Arc<Shared>, Mutex<()>)>);
+pub struct RingWriter(Arc<Voice>);
+
+/// A process's turn at the ring.
+pub struct Voice {
+    shared: Arc<Shared>,
+    turn: Mutex<()>,
+    heard: AtomicBool,
+}
+
+impl Voice {
+    fn new(shared: &Arc<Shared>) -> Arc<Voice> {
+        Arc::new(Voice { shared: shared.clone(), turn: Mutex::new(()), heard: AtomicBool::new(false) })
+    }
+
+    /// From here on the process is the ring's one writer.
+    pub fn rise(&self) {
+        self.heard.store(true, Ordering::Relaxed);
+    }
+}
 
 impl Write for RingWriter {
     fn write(&mut self, record: &[u8]) -> io::Result<usize> {
-        let (shared, turn) = &*self.0;
+        let Voice { shared, turn, heard } = &*self.0;
         match turn.try_lock() {
-            Ok(_turn) => shared.log(record),
-            Err(_) => {
+            Ok(_turn) if heard.load(Ordering::Relaxed) => shared.log(record),
+            _ => {
                 shared.board.log_dropped.fetch_add(1, Ordering::Relaxed);
             }
         }
@@ -83,11 +104,13 @@ pub fn start_own(shared: &Arc<Shared>) -> Own {
     own
 }
 
-/// Installs a worker's subscriber.
-pub fn start(shared: &Arc<Shared>) {
-    let writer = RingWriter(Arc::new((shared.clone(), Mutex::new(()))));
+/// Installs a worker's subscriber, silent yet.
+pub fn start(shared: &Arc<Shared>) -> Arc<Voice> {
+    let voice = Voice::new(shared);
+    let writer = RingWriter(voice.clone());
     let ansi = false;
     tracing_subscriber::fmt().with_writer(writer).with_ansi(ansi).with_target(false).init();
+    voice
 }
 
 impl Sink {
@@ -123,5 +146,23 @@ pub fn drain(shared: &Shared, own: &Own, mut sink: Sink) {
         if dropped > 0 {
             sink.put(format!("{dropped} log records dropped\n").as_bytes());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_stands_by_is_not_heard() {
+        let shared = Arc::new(Shared::new().unwrap());
+        let voice = Voice::new(&shared);
+        let mut writer = RingWriter(voice.clone());
+        writer.write_all(b"early").unwrap();
+        voice.rise();
+        writer.write_all(b"in time").unwrap();
+        let mut out = Vec::new();
+        shared.take_log(&mut out);
+        assert_eq!((out.as_slice(), shared.board.log_dropped.load(Ordering::Relaxed)), (b"in time".as_slice(), 1));
     }
 }

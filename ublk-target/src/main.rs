@@ -1,17 +1,21 @@
 //! `ghostswap-ublk`: a ghostswap store as a block device of the kernel's ublk driver, to swap to.
 //!
 //! This front end translates and decides nothing: `queue` turns block requests into the store's
-//! calls, `device` speaks to the driver. Its processes: the command (`daemon`), the `supervise`r that
-//! keeps what is stored, the `worker` that serves and the one that stands by, the `agent` that
-//! answers `control` messages, keeps the swap `windows` and writes the `log`; they share the `board`. `protect` keeps them out
-//! of their own swap, `doctor` looks at the machine, `notify` and `unit` get along with systemd.
+//! calls, `device` and `claim` speak to the driver. Its processes: the command (`daemon`), the
+//! `supervise`r that keeps what is stored, the `worker` that serves and the one that stands by, the
+//! `agent` that answers `control` messages, keeps the swap `windows` and writes the `log`; they share the
+//! `board`. `protect` keeps them out of their own swap, `doctor` looks at the machine, `notify` and
+//! `unit` get along with systemd.
 //!
 //! Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong usage.
 
 mod agent;
 mod board;
+mod claim;
 mod cli;
 mod control;
+#[cfg(feature = "crash-points")]
+mod crash;
 mod daemon;
 mod device;
 mod doctor;

@@ -120,11 +120,20 @@ pub fn store_thread(name: &str) {
 /// take-over. What they start begins so too, since it may need memory before it can say what it is.
 /// Refused (a container, say), a thread works as any other.
 pub fn first_in_line(priority: libc::c_int) {
-    let param = libc::sched_param { sched_priority: priority };
-    // SAFETY: acts on the calling thread; the parameter is live.
-    if unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &param) } != 0 {
+    if !become_real_time(priority) {
         tracing::debug!("no real-time priority {priority}: {}", OsError::last_os_error());
     }
+}
+
+fn become_real_time(priority: libc::c_int) -> bool {
+    let param = libc::sched_param { sched_priority: priority };
+    // SAFETY: acts on the calling thread; the parameter is live.
+    unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &param) == 0 }
+}
+
+/// Whether a thread of this process could be first in line: tried in one that then ends.
+pub fn can_be_first_in_line() -> bool {
+    std::thread::spawn(|| become_real_time(SUPERVISOR_PRIORITY)).join().unwrap_or(false)
 }
 
 /// Takes that back.

@@ -43,6 +43,8 @@ const BACK_OFF: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// How long a take-over may take at least before it is tried again.
 const TAKE_OVER_PATIENCE: Duration = Duration::from_secs(15);
+/// How long a newer program's first worker may take to get ready, before the upgrade is given up.
+const UPGRADE_PATIENCE: Duration = Duration::from_secs(60);
 /// Workers that stand by: one may be needed while the next is being made, which takes a while on a
 /// machine short of memory.
 const STANDBYS: usize = 2;
@@ -193,6 +195,11 @@ impl<'a> Supervisor<'a> {
                     (Some(libc::SIGCHLD) | None, _) => {}
                     // The agent finds out whether the device may go.
                     (Some(_), Some(agent)) => kill(agent, libc::SIGTERM),
+                    // The last one died just now.
+                    (Some(_), None) if self.device.is_some() => {
+                        self.start_agent();
+                        self.agent.into_iter().for_each(|agent| kill(agent, libc::SIGTERM));
+                    }
                     (Some(_), None) => {
                         kill(self.active.pid, libc::SIGKILL);
                         return Ok(());
@@ -230,31 +237,35 @@ impl<'a> Supervisor<'a> {
             self.agent_due = now + LOOK_EVERY;
             self.start_agent();
         }
-        if now >= self.standby_due {
+        // A take-over under way is not to share the CPUs with the making of the next standby.
+        if now >= self.standby_due && (self.died.is_none() || self.standbys.is_empty()) {
             self.stand_by();
         }
     }
 
-    /// One line of the active worker.
+    /// What the active worker says. All that was read at once, since nobody waits for what is in the
+    /// reader already; a line without an end is of one that was killed in the middle of it.
     fn hear(&mut self) -> Result<()> {
-        let mut line = String::new();
-        if self.active.pipe.read_line(&mut line).unwrap_or(0) == 0 {
-            // It is ending: its death comes as a signal. Do not spin until then.
-            std::thread::sleep(Duration::from_millis(1));
-            return Ok(());
-        }
-        match line.trim_end().split_once(' ') {
-            Some(("live", rest)) => {
-                self.is_live(rest);
-                Ok(())
+        loop {
+            let mut line = String::new();
+            let n = self.active.pipe.read_line(&mut line).unwrap_or(0);
+            if n == 0 || !line.ends_with('\n') {
+                // It is ending: its death comes as a signal. Do not spin until then.
+                std::thread::sleep(Duration::from_millis(1));
+                return Ok(());
             }
-            Some(("error", why)) if self.device.is_none() => Err(anyhow!("{why}")),
-            Some(("error", why)) => {
-                // In the foreground somebody may see it; in the background the next worker tries.
-                let _ = writeln!(std::io::stderr(), "ghostswap-ublk: a worker failed: {why}");
-                Ok(())
+            match line.trim_end().split_once(' ') {
+                Some(("live", rest)) => self.is_live(rest),
+                Some(("error", why)) if self.device.is_none() => return Err(anyhow!("{why}")),
+                Some(("error", why)) => {
+                    // In the foreground somebody may see it; in the background the next worker tries.
+                    let _ = writeln!(std::io::stderr(), "ghostswap-ublk: a worker failed: {why}");
+                }
+                _ => {}
             }
-            _ => Ok(()),
+            if !self.active.pipe.buffer().contains(&b'\n') {
+                return Ok(());
+            }
         }
     }
 
@@ -318,7 +329,8 @@ impl<'a> Supervisor<'a> {
         self.active.since = Instant::now();
         let mut words = said.splitn(3, ' ');
         let (id, recoverable, path) = (words.next(), words.next(), words.next().unwrap_or(""));
-        self.recoverable = recoverable == Some("true");
+        // Once a device could be handed over, it can.
+        self.recoverable |= recoverable == Some("true");
         if let Some(id) = id.and_then(|id| id.parse().ok()) {
             self.device = Some((id, path.into()));
         }
@@ -369,22 +381,35 @@ impl<'a> Supervisor<'a> {
         }
         let ready = match ready {
             Some(standby) => standby,
-            None => {
-                let mut fresh = start(self.add, &self.arena, &self.shared, Some(id))?;
-                fresh.order(&order)?;
-                fresh
-            }
+            None => self.forked_now(id, &order),
         };
         self.active = Worker { since: died, ..ready };
         self.pulse.restart();
         Ok(())
     }
 
+    /// A worker made only now that it is needed. If that cannot be done, then it can later: to give up
+    /// would be to throw all pages away.
+    fn forked_now(&self, id: u32, order: &str) -> Worker {
+        loop {
+            if let Ok(mut fresh) = start(self.add, &self.arena, &self.shared, Some(id)) {
+                if fresh.order(order).is_ok() {
+                    return fresh;
+                }
+            }
+            std::thread::sleep(BACK_OFF);
+        }
+    }
+
     /// Kills a worker of which a queue shows no sign of life. One that is taking over waits for the
     /// driver, which waits for the kernel to clear away the dead one: it has more time.
     fn check_pulse(&mut self) {
         let watchdog = Duration::from_secs(self.add.watchdog.into());
-        if watchdog.is_zero() || self.device.is_none() || self.upgrading {
+        if self.upgrading {
+            let late = |s: &&Worker| !s.ready && s.since.elapsed() >= UPGRADE_PATIENCE;
+            self.standbys.first().filter(late).into_iter().for_each(|s| kill(s.pid, libc::SIGKILL));
+        }
+        if watchdog.is_zero() || self.device.is_none() {
             return;
         }
         let patience = if self.died.is_some() { watchdog.max(TAKE_OVER_PATIENCE) } else { watchdog };
@@ -545,6 +570,39 @@ fn describe(status: i32) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clap::Parser;
+
+    /// A supervisor with a worker of which the test holds the other end.
+    fn hearing(test: impl FnOnce(&mut Supervisor<'_>, UnixStream)) {
+        let cli = crate::cli::Cli::parse_from(["ghostswap-ublk", "add", "--size", "1G"]);
+        let crate::cli::Command::Add(add) = cli.command else { panic!("not add") };
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let arena = std::fs::File::open("/dev/null").unwrap().into();
+        let shared = Arc::new(Shared::new().unwrap());
+        test(&mut Supervisor::new(&add, arena, shared, Worker::new(0, ours)), theirs);
+    }
+
+    #[test]
+    fn what_comes_in_one_piece_is_heard_at_once() {
+        hearing(|supervisor, mut worker| {
+            worker.write_all(b"ready\nlive 3 true /dev/ublkb3\n").unwrap();
+            supervisor.hear().unwrap();
+            assert_eq!(supervisor.device, Some((3, "/dev/ublkb3".into())));
+            assert!(supervisor.recoverable);
+        });
+    }
+
+    #[test]
+    fn half_a_line_of_a_dead_worker_is_nothing() {
+        hearing(|supervisor, mut worker| {
+            worker.write_all(b"live 3 true /dev/ublkb3\nlive 3 fal").unwrap();
+            drop(worker);
+            supervisor.hear().unwrap();
+            supervisor.hear_last_words().unwrap();
+            assert!(supervisor.recoverable);
+            assert_eq!(supervisor.device, Some((3, "/dev/ublkb3".into())));
+        });
+    }
 
     #[test]
     fn a_queue_that_stops_is_noticed_and_one_that_goes_on_is_not() {

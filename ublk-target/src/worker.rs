@@ -1,8 +1,8 @@
 //! A worker: the process that serves a device, from standing by to its end.
 //!
 //! Standing by ([`Ready`]): protected and resident, with the arena mapped, every thread started,
-//! every ring made and the device watched. Ordered, it opens the store on the supervisor's arena,
-//! makes the kernel's device or claims the one that a dead worker left, hands its lanes to the
+//! every ring made and the device watched. Ordered, it claims the device that a dead worker left,
+//! opens the store on the supervisor's arena, or makes the kernel's device, hands its lanes to the
 //! queues' threads and goes live. Between a death and that nothing can free memory, so all that can
 //! be done beforehand has been, and what is left runs as a real-time thread: those may take what
 //! the page allocator refuses to others.
@@ -11,18 +11,19 @@
 //! device's requests while the queues still serve, then the queues end, then the device is deleted.
 
 use crate::board::Shared;
+use crate::claim::Claim;
 use crate::cli::{self, Add, DEFAULT_TIER};
 use crate::control::{Answer, Request};
 use crate::handover::HANDOVER_VERSION;
 use crate::windows::Held;
-use crate::{device, log, protect, queue, signals};
+use crate::{daemon, device, log, protect, queue, signals};
 use anyhow::{anyhow, bail, Context, Result};
 use ghostswap::config::{format_size, StoreConfig};
 use ghostswap::{Standby, Store, Volume};
 use libublk::ctrl::UblkCtrl;
 use libublk::io::UblkDev;
 use serde_json::json;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -59,7 +60,7 @@ struct Ready<'a> {
     shared: Arc<Shared>,
     standby: Standby,
     queues: Vec<queue::Idle>,
-    watched: Option<UblkCtrl>,
+    watched: Option<(UblkCtrl, Claim)>,
 }
 
 /// A live device.
@@ -97,16 +98,20 @@ pub fn run(setup: Setup<'_>) -> Result<()> {
     protect::process()?;
     signals::block(&[libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGCHLD])?;
     protect::first_in_line(protect::TAKE_OVER_PRIORITY);
-    log::start(&setup.shared);
+    let voice = log::start(&setup.shared);
+    if setup.device.is_none() {
+        voice.rise();
+    }
     let mut tell = setup.pipe.try_clone().context("cannot duplicate the pipe")?;
     let mut orders = BufReader::with_capacity(512, setup.pipe);
     let mut ready = Ready::new(setup.add, setup.arena, setup.shared, setup.device)?;
-    let _ = writeln!(tell, "ready");
+    daemon::say(&mut tell, "ready");
     let Some(order) = ready.wait_for_order(&mut orders)? else { return Ok(()) };
+    voice.rise();
     let mut steps = Steps::new();
     let (device, dev) = ready.go_live(&order, &mut steps)?;
-    let _ =
-        writeln!(tell, "live {} {} {}", device.ctrl.dev_info().dev_id, device::can_recover(), device.path.display());
+    let (id, recoverable) = (device.ctrl.dev_info().dev_id, device::can_recover(&device.ctrl));
+    daemon::say(&mut tell, &format!("live {id} {recoverable} {}", device.path.display()));
     protect::as_any_other();
     device.settle(&order, &steps);
     device.wait_for_stop();
@@ -156,20 +161,21 @@ impl<'a> Ready<'a> {
             (Some("recover"), Some(_)) => true,
             _ => bail!("bad order: {order}"),
         };
+        // The claim first: it waits for what the kernel does as an ordinary task, and with the store
+        // begins growth, which is real-time and maps all of the arena.
+        let claimed = self.watched.map(|(ctrl, mut claim)| claim.wait().map(|()| ctrl)).transpose()?;
+        steps.done("claim");
+        #[cfg(feature = "crash-points")]
+        crate::crash::arm(&self.shared);
         let store = self.standby.open()?;
-        steps.done("store");
+        #[cfg(feature = "crash-points")]
+        crate::crash::recovered();
         let volume = match store.volumes().into_iter().next() {
             Some(volume) => volume,
             None => store.create_volume(self.add.size)?,
         };
-        let ctrl = match self.watched {
-            Some(ctrl) => {
-                device::claim(&ctrl)?;
-                ctrl
-            }
-            None => device::make(self.add)?,
-        };
-        steps.done("claim");
+        steps.done("store");
+        let ctrl = claimed.map_or_else(|| device::make(self.add), Ok)?;
         let path = PathBuf::from(ctrl.get_bdev_path());
         let dev = open_dev(&ctrl, &volume)?;
         steps.done("open");
@@ -279,7 +285,7 @@ impl Device {
     fn resize(&self, bytes: u64) -> Answer {
         let path = self.path.display();
         let now = self.volume.bytes();
-        if !device::can_resize() {
+        if !device::can_resize(&self.ctrl) {
             return Answer::refusal(format!(
                 "this kernel's ublk driver cannot resize a live device ({path} keeps its size)"
             ));

@@ -7,10 +7,16 @@
 #        twice    and again 20 to 520 ms later: during or right after the recovery
 #        stop     SIGSTOP, so that the watchdog (5 s here) has to find out
 #        mixed    one of these at random
+#        crash    it kills itself between two steps of a commit, of cleaning, of recovery or anywhere,
+#                 in turn; ghostswap-ublk is scripts/build-crash's, and TIER so small that it cleans
 set -eu
 hog=$1 thp=$2 tier=$3 rounds=$4 how=$5 all=${6:+--check-all}
 echo "$thp" > /sys/kernel/mm/transparent_hugepage/enabled
 echo "kernel $(uname -r), THP $thp, hog $hog MiB, $rounds rounds of $how"
+if [ "$how" = crash ]; then
+    export GHOSTSWAP_CRASH="$rounds,commit:${COMMITS:-60000},clean:${CLEANS:-1000},recovery:${RECOVERIES:-400},any:${ANY:-60000}"
+    echo "$GHOSTSWAP_CRASH"
+fi
 dev=$(ghostswap-ublk add --size 64G --tier "$tier" --watchdog 5)
 mkswap "$dev" > /dev/null
 swapon --discard=pages "$dev"
@@ -29,6 +35,19 @@ look
 number pid
 pid=$value
 while [ $done -lt "$rounds" ]; do
+    if [ "$how" = crash ]; then
+        waited=0
+        until look && number taken_over && [ "$value" -gt $done ]; do
+            waited=$((waited + 1))
+            [ $waited -lt 600 ] || { echo "nobody dies"; ghostswap-ublk status; rc=1; break 2; }
+            kill -0 $hogpid 2> /dev/null || { echo "the hog died"; rc=1; break 2; }
+            sleep 0.2
+        done
+        done=$value
+        number last_take_over_us
+        echo "$value" >> /tmp/times
+        continue
+    fi
     random 2; whole=$random
     random 8
     sleep "$whole.$((random + 2))"
@@ -63,11 +82,19 @@ while [ $done -lt "$rounds" ]; do
     number last_take_over_us
     echo "$value" >> /tmp/times
 done
+if [ "$how" = crash ]; then
+    deaths=$done
+    # The last one has come back.
+    sleep 2
+    grep -o 'dies at .*' /run/ghostswap/ublk0.log | sort | uniq -c
+    grep -q 'dies at clean: ' /run/ghostswap/ublk0.log || { echo "nobody died cleaning"; rc=1; }
+fi
 # The hog has seen every death.
 kill -USR1 $hogpid 2> /dev/null || rc=1
 wait $hogpid || rc=1
 cat /tmp/hog.out
 ghostswap-ublk status
+grep "taken over; the worker before" /run/ghostswap/ublk0.log | tail -n 3
 sort -n /tmp/times | awk -v deaths=$deaths -v stops=$stops '{t[NR] = $1} END {
     printf "%d deaths (%d by SIGSTOP and watchdog); back after: median %.0f ms, longest %.0f ms\n",
         deaths, stops, t[int((NR + 1) / 2)] / 1000, t[NR] / 1000}'

@@ -10,11 +10,13 @@ echo "kernel $(uname -r), THP $thp, hog $hog MiB, $times upgrades"
 dev=$(ghostswap-ublk add --size 64G --tier ram,limit=65%,codec=lz4)
 mkswap "$dev" > /dev/null
 swapon --discard=pages "$dev"
+# Descriptors that the supervisor has, waiting for both standbys to be made.
+descriptors() { sleep 3; ls "/proc/$(awk '/^PPid/ {print $2}' "/proc/$(number pid)/status")/fd" | wc -l; }
 number() { ghostswap-ublk status --json 2> /dev/null | grep -oE "\"$1\":[0-9]+" | head -n 1 | cut -d: -f2; }
 : > /tmp/hog.out
 ghostswap-hog --mib "$hog" --threads 2 --seconds 100000 --thp "$thp" --check-all > /tmp/hog.out 2>&1 &
 hogpid=$!
-rc=0 done=0
+rc=0 done=0 early=0
 : > /tmp/times
 while [ $done -lt "$times" ]; do
     sleep 1
@@ -22,7 +24,11 @@ while [ $done -lt "$times" ]; do
     if [ $((done % 2)) = 0 ]; then ghostswap-next upgrade 0; else ghostswap-ublk upgrade 0; fi || { rc=1; break; }
     done=$((done + 1))
     number last_take_over_us >> /tmp/times
+    [ $done != 2 ] || early=$(descriptors)
 done
+late=$(descriptors)
+echo "the supervisor's descriptors: $early after two upgrades, $late after $done"
+[ "$early" = "$late" ] || rc=1
 # Two more, to what is no program of ours: nothing happens, and it is said why.
 for bad in /nowhere /bin/cat; do
     if ghostswap-ublk upgrade 0 --program $bad; then echo "upgraded to $bad"; rc=1; fi

@@ -76,6 +76,19 @@ pub fn io_flusher(can: bool) -> Check {
     }
 }
 
+pub fn real_time(can: bool) -> Check {
+    const NAME: &str = "real-time";
+    match can {
+        true => Check::ok(NAME, "a thread can be scheduled so"),
+        false => Check::warn(
+            NAME,
+            "no thread can be scheduled so: when memory is short, who takes over from a dead worker waits like any other, \
+             and with it the machine",
+            "run it with CAP_SYS_NICE and in no container; on a kernel with RT_GROUP_SCHED from the topmost cpu cgroup",
+        ),
+    }
+}
+
 pub fn oom_score(can_lower: bool) -> Check {
     const NAME: &str = "oom-score";
     match can_lower {

@@ -74,7 +74,6 @@ pub fn features(features: Option<u64>) -> Vec<Check> {
     let lost = [
         ("user-recovery", sys::UBLK_F_USER_RECOVERY, "no device can outlive its daemon", "6.1"),
         ("recovery-reissue", sys::UBLK_F_USER_RECOVERY_REISSUE, "a recovery would fail what was in flight", "6.1"),
-        ("quiesce", sys::UBLK_F_QUIESCE, "no daemon can be exchanged under a live device", "6.16"),
         ("update-size", sys::UBLK_F_UPDATE_SIZE, "no live device can grow", "6.16"),
     ];
     checks.extend(lost.map(|(name, flag, loss, since)| match has(flag) {
@@ -84,6 +83,22 @@ pub fn features(features: Option<u64>) -> Vec<Check> {
         }
     }));
     checks
+}
+
+/// Up to Linux 6.14 the driver notices a daemon's death in two places, one of which goes on after the
+/// device is free for the next (`claim.rs`). A vendor may have put the newer driver into an older
+/// kernel; that shows by what came with the release after.
+pub fn death(release: &str, features: u64) -> Check {
+    const NAME: &str = "death";
+    let newer = features & u64::from(sys::UBLK_F_QUIESCE) != 0 || version(release).is_some_and(|v| v >= (6, 15));
+    match newer {
+        true => Check::ok(NAME, "the driver is clear about a daemon's death"),
+        false => Check::warn(
+            NAME,
+            format!("{release}: before 6.15 a daemon's death, or an upgrade, under load can crash the kernel (seen on 6.12)"),
+            "boot Linux 6.15 or later; else upgrade and restart while little is swapped",
+        ),
+    }
 }
 
 /// `enabled` is zswap's parameter, `None` where it is not built in.
@@ -269,10 +284,25 @@ mod tests {
     #[test]
     fn only_lacking_user_copy_fails() {
         let verdicts = |bits| features(bits).iter().map(|check| check.verdict).collect::<Vec<Verdict>>();
-        assert_eq!(verdicts(Some(u64::MAX)), [Ok; 5]);
-        assert_eq!(verdicts(Some(USER_COPY)), [Ok, Warn, Warn, Warn, Warn]);
-        assert_eq!(verdicts(Some(!USER_COPY)), [Fail, Ok, Ok, Ok, Ok]);
+        assert_eq!(verdicts(Some(u64::MAX)), [Ok; 4]);
+        assert_eq!(verdicts(Some(USER_COPY)), [Ok, Warn, Warn, Warn]);
+        assert_eq!(verdicts(Some(!USER_COPY)), [Fail, Ok, Ok, Ok]);
         assert_eq!(verdicts(None), [Fail]);
+    }
+
+    #[test]
+    fn older_drivers_are_warned_of_a_death() {
+        let quiesce = u64::from(sys::UBLK_F_QUIESCE);
+        for (release, features, verdict) in [
+            ("6.12.95+deb12-cloud-amd64", USER_COPY, Warn),
+            ("6.14.11", USER_COPY, Warn),
+            ("6.15.0", USER_COPY, Ok),
+            ("7.3.4", USER_COPY | quiesce, Ok),
+            ("5.14.0-503.el9.x86_64", USER_COPY | quiesce, Ok),
+            ("", USER_COPY, Warn),
+        ] {
+            assert_eq!(death(release, features).verdict, verdict, "{release}");
+        }
     }
 
     #[test]
