@@ -88,10 +88,12 @@ pub fn wait_live(mut pipe: UnixStream) -> Result<PathBuf> {
     }
 }
 
-/// Makes the device a swap area and turns it on with discards.
-pub fn swap_on(device: &Path) -> Result<()> {
+/// Makes the device a swap area and turns it on. Without discards the kernel uses half-empty
+/// clusters again before it takes fresh ones.
+pub fn swap_on(device: &Path, discard: bool) -> Result<()> {
     run(std::process::Command::new("mkswap").arg(device), "mkswap")?;
-    run(std::process::Command::new("swapon").arg("--discard").arg(device), "swapon")
+    let discards = discard.then_some("--discard");
+    run(std::process::Command::new("swapon").args(discards).arg(device), "swapon")
 }
 
 /// Runs a program; what it says last is why it failed.

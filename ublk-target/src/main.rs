@@ -3,8 +3,8 @@
 //! This front end translates and decides nothing: `queue` turns block requests into the store's
 //! calls, `device` speaks to the driver. Its processes: the command (`daemon`), the `supervise`r that
 //! keeps what is stored, the `worker` that serves and the one that stands by, the `agent` that
-//! answers `control` messages and writes the `log`; they share the `board`. `protect` keeps them out
-//! of their own swap, `doctor` looks at the machine, `notify` and `unit` get along with systemd.
+//! answers `control` messages and writes the `log`; they share the `board`. `slotfree` hears of freed
+//! swap slots. `protect` keeps them out of their own swap, `doctor` looks at the machine, `notify` and `unit` get along with systemd.
 //!
 //! Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong usage.
 
@@ -22,6 +22,7 @@ mod protect;
 mod queue;
 mod shortage;
 mod signals;
+mod slotfree;
 mod supervise;
 mod unit;
 mod worker;
@@ -34,7 +35,7 @@ use daemon::Role;
 use ghostswap::config::format_size;
 use libublk::ctrl::UblkCtrl;
 use serde_json::{json, Value};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -94,7 +95,9 @@ fn run_add(add: &cli::Add) -> Result<()> {
             println!("{}", path.display());
             let mut done = Ok(());
             if add.swapon {
-                done = daemon::swap_on(&path).with_context(|| format!("{} is live but not swap", path.display()));
+                let discard = !hears_of_freed_slots(&path);
+                done =
+                    daemon::swap_on(&path, discard).with_context(|| format!("{} is live but not swap", path.display()));
             }
             if add.foreground && done.is_err() {
                 unit::take_down(&path);
@@ -102,6 +105,13 @@ fn run_add(add: &cli::Add) -> Result<()> {
             done
         }
     }
+}
+
+/// Whether the device needs no discards to learn which pages are dead.
+fn hears_of_freed_slots(path: &Path) -> bool {
+    let id = path.to_str().and_then(|path| path.strip_prefix("/dev/ublkb")?.parse().ok());
+    let told = id.and_then(|id| describe(id).ok().flatten());
+    told.is_some_and(|(device, _)| slotfree::is_live(&device))
 }
 
 /// The device's answer to `status`: its JSON form and the report for people.

@@ -14,6 +14,7 @@ use crate::board::Shared;
 use crate::cli::{self, Add, DEFAULT_TIER};
 use crate::control::{Answer, Request};
 use crate::handover::HANDOVER_VERSION;
+use crate::slotfree::{self, Feed, Source};
 use crate::{device, log, protect, queue, signals};
 use anyhow::{anyhow, bail, Context, Result};
 use ghostswap::config::{format_size, StoreConfig};
@@ -44,6 +45,8 @@ pub struct Setup<'a> {
     pub arena: OwnedFd,
     /// The board.
     pub shared: Arc<Shared>,
+    /// Freed slots, if they can be heard of.
+    pub feed: Option<&'a Source>,
     /// Orders down, news up.
     pub pipe: UnixStream,
     /// The device to take over; None: it is to be made.
@@ -54,6 +57,7 @@ pub struct Setup<'a> {
 struct Ready<'a> {
     add: &'a Add,
     shared: Arc<Shared>,
+    feed: Option<Arc<Feed>>,
     standby: Standby,
     queues: Vec<queue::Idle>,
     watched: Option<UblkCtrl>,
@@ -62,6 +66,7 @@ struct Ready<'a> {
 /// A live device.
 struct Device {
     shared: Arc<Shared>,
+    feed: Option<Arc<Feed>>,
     ctrl: UblkCtrl,
     path: PathBuf,
     store: Store,
@@ -97,7 +102,8 @@ pub fn run(setup: Setup<'_>) -> Result<()> {
     log::start(&setup.shared);
     let mut tell = setup.pipe.try_clone().context("cannot duplicate the pipe")?;
     let mut orders = BufReader::with_capacity(512, setup.pipe);
-    let mut ready = Ready::new(setup.add, setup.arena, setup.shared, setup.device)?;
+    let feed = setup.feed.map(|source| Feed::map(source, &setup.shared)).transpose()?.map(Arc::new);
+    let mut ready = Ready::new(setup.add, setup.arena, setup.shared, feed, setup.device)?;
     let _ = writeln!(tell, "ready");
     let Some(order) = ready.wait_for_order(&mut orders)? else { return Ok(()) };
     let mut steps = Steps::new();
@@ -112,7 +118,13 @@ pub fn run(setup: Setup<'_>) -> Result<()> {
 }
 
 impl<'a> Ready<'a> {
-    fn new(add: &'a Add, arena: OwnedFd, shared: Arc<Shared>, id: Option<u32>) -> Result<Ready<'a>> {
+    fn new(
+        add: &'a Add,
+        arena: OwnedFd,
+        shared: Arc<Shared>,
+        feed: Option<Arc<Feed>>,
+        id: Option<u32>,
+    ) -> Result<Ready<'a>> {
         let mut tiers = add.tiers.clone();
         if tiers.is_empty() {
             tiers.push(DEFAULT_TIER.parse().map_err(|e: String| anyhow!(e))?);
@@ -124,10 +136,10 @@ impl<'a> Ready<'a> {
             ..StoreConfig::default()
         };
         let standby = Standby::new(config, arena)?;
-        let start = |qid| queue::Idle::start(qid, add.depth, shared.clone());
+        let start = |qid| queue::Idle::start(qid, add.depth, shared.clone(), feed.clone());
         let queues = (0..add.queues).map(start).collect::<Result<_>>()?;
         let watched = id.map(|id| device::watch(add, id)).transpose()?;
-        let mut ready = Ready { add, shared, standby, queues, watched };
+        let mut ready = Ready { add, shared, feed, standby, queues, watched };
         ready.standby.keep_up()?;
         protect::make_resident()?;
         Ok(ready)
@@ -179,7 +191,8 @@ impl<'a> Ready<'a> {
         ctrl.start_dev(&dev)
             .map_err(|e| anyhow!("the ublk driver cannot start the device: {}", device::describe(&e)))?;
         steps.done("start");
-        Ok((Device { shared: self.shared, ctrl, path, store, volume, queues, recovered }, dev))
+        let (shared, feed) = (self.shared, self.feed);
+        Ok((Device { shared, feed, ctrl, path, store, volume, queues, recovered }, dev))
     }
 }
 
@@ -209,9 +222,11 @@ impl Device {
 
     fn wait_for_stop(&self) {
         let mut reported = self.counted();
+        let mut lost_told = self.feed.as_ref().is_some_and(|feed| feed.lost() > 0);
         loop {
             let [asked] = signals::poll([self.shared.worker_bell()], REPORT_EVERY);
             self.report(&mut reported);
+            self.report_lost(&mut lost_told);
             if self.queues.iter().any(|q| q.thread.is_finished()) {
                 // The device is not to go with them: the next worker takes it over, if it is there.
                 tracing::error!("{}: a queue ended by itself", self.path.display());
@@ -279,6 +294,7 @@ impl Device {
         let info = self.ctrl.dev_info();
         let count = |c: &AtomicU64| c.load(Ordering::Relaxed);
         let board = self.shared.board;
+        let (slot_free, slot_free_line) = slotfree::describe(&self.shared, self.feed.as_deref());
         let device = json!({
             "id": info.dev_id,
             "path": self.path,
@@ -298,14 +314,25 @@ impl Device {
             "writes_refused": count(&board.counters.refused),
             "requests_failed": count(&board.counters.failed),
             "oom_victims": count(&board.victims),
+            "slot_free": slot_free,
             "stats": stats,
         });
-        Answer { ok: true, device: Some(device), report: Some(stats.to_string()), error: None }
+        Answer { ok: true, device: Some(device), report: Some(format!("{stats}\n{slot_free_line}\n")), error: None }
     }
 
     fn counted(&self) -> [u64; 3] {
         let c = &self.shared.board.counters;
         [&c.parked, &c.refused, &c.failed].map(|n| n.load(Ordering::Relaxed))
+    }
+
+    /// Logs once that freed slots went unheard; `status` has the count.
+    fn report_lost(&self, told: &mut bool) {
+        let lost = self.feed.as_ref().map_or(0, |feed| feed.lost());
+        if lost > 0 && !std::mem::replace(told, true) {
+            tracing::warn!(
+                "{lost} ranges of freed slots found the ring full: their pages stay until the slots are used again"
+            );
+        }
     }
 
     /// Logs what the queues counted since the last time.
