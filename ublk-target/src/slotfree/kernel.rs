@@ -116,7 +116,7 @@ pub fn load(code: &[u64], fentry: Option<u32>) -> Result<OwnedFd> {
         Ok(program) => return Ok(program),
         Err(e) => e,
     };
-    // Once more, for the reason: the verifier's log is a megabyte short of nothing when all is well.
+    // Once more, for the reason.
     let mut log = vec![0u8; LOG_BYTES];
     let attr = base().word(24, 1).word(28, log.len() as u32).long(32, log.as_mut_ptr() as u64);
     // SAFETY: as above, and the log is as long as said.
@@ -124,7 +124,7 @@ pub fn load(code: &[u64], fentry: Option<u32>) -> Result<OwnedFd> {
     let said = String::from_utf8_lossy(&log);
     let said = said.trim_end_matches('\0').trim_end();
     let reason = said.lines().rev().find(|l| !l.starts_with("processed ") && !l.is_empty()).unwrap_or("").to_owned();
-    again.map_err(|_| anyhow!("the kernel refuses the BPF program: {refused} {reason}").context("bpf"))
+    again.map_err(|_| anyhow!("the kernel refuses the program: {refused} {reason}"))
 }
 
 /// Has the function call the program, until the descriptor is closed everywhere.

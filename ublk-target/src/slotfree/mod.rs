@@ -34,7 +34,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Where the kernel describes its types.
-pub const BTF_PATH: &str = "/sys/kernel/btf/vmlinux";
+const BTF_PATH: &str = "/sys/kernel/btf/vmlinux";
 /// Where it has the number of its event source for kprobes.
 pub const KPROBE_TYPE: &str = "/sys/bus/event_source/devices/kprobe/type";
 /// The ring: 21,845 records, what a process of 85 MiB in single pages leaves behind at once.
