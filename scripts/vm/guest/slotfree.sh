@@ -4,18 +4,18 @@
 # in a swap area so small that it is nearly full, so that the kernel uses freed slots again at once.
 # Every page is checked. At the end the store must hold what the kernel's swap holds and no more.
 # Status 1 if a page was wrong, an event was lost, dead pages stay, or the feed is not as asked for.
-# Arguments: AREA (of swap), HOG_MIB (all hogs together), HOGS, THP (always | never),
+# Arguments: AREA_MIB (of swap), HOG_MIB (all hogs together), HOGS, THP (always | never),
 #            MODE (bpf | kprobe | discard: dead pages are then only told), SECONDS of the race, [KILLS]
 set -eu
 area=$1 hog=$2 hogs=$3 thp=$4 mode=$5 seconds=$6 kills=${7:-0}
 echo "$thp" > /sys/kernel/mm/transparent_hugepage/enabled
-echo "kernel $(uname -r), THP $thp, $hogs hogs, $hog MiB in all, an area of $area, slot-free $mode"
+echo "kernel $(uname -r), THP $thp, $hogs hogs, $hog MiB in all, an area of $area MiB, slot-free $mode"
 dev=$(ghostswap-ublk add --size 16T --tier ram,limit=65%,codec=lz4 --slot-free "$mode")
-truncate -s "$area" /tmp/header
-chmod 600 /tmp/header
-mkswap /tmp/header > /dev/null
-dd if=/tmp/header of="$dev" bs=4096 count=1 conv=notrunc 2> /dev/null
-rm /tmp/header
+# A partition that begins 3 GiB into the device: slot and page differ.
+addpart "$dev" 1 $((3 << 21)) $((area << 11))
+until [ -b "$dev"p1 ]; do sleep 0.1; done
+whole=$dev dev=${dev}p1
+mkswap "$dev" > /dev/null
 [ "$mode" = discard ] && how=--discard=pages || how=
 swapon $how "$dev"
 rc=0
@@ -85,6 +85,7 @@ done
 # --- what is left
 sleep 3
 dead
+number taken_over; echo "$value deaths of the worker"
 number events; events=$value
 number pages; pages=$value
 number lost; lost=$value

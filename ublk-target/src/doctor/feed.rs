@@ -22,7 +22,8 @@ pub fn slot_free(function: Result<&str, &str>, lockdown: &str, caps: u64, kprobe
     if lockdown.contains("[confidentiality]") {
         return discards("this kernel is locked down", "lockdown=integrity leaves BPF its eyes");
     }
-    if !holds(CAP_SYS_ADMIN) && !(holds(CAP_BPF) && holds(CAP_PERFMON)) {
+    let may = holds(CAP_SYS_ADMIN) || holds(CAP_BPF) && holds(CAP_PERFMON);
+    if !may {
         return discards("without CAP_BPF and CAP_PERFMON", "run it as root with these");
     }
     let fallback = if kprobes { "kprobe" } else { "discard" };
