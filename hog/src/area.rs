@@ -115,6 +115,21 @@ impl Share<'_> {
         self.first + nth * self.stride
     }
 
+    /// Gives `count` pages from the `nth` on back to the system; they read as zeros then.
+    pub fn free(&mut self, nth: usize, count: usize) {
+        assert!(nth + count <= self.pages, "pages {nth} to {} of a share of {}", nth + count, self.pages);
+        // Neighbours of a share that is not the only one belong to others.
+        let (calls, pages) = if self.stride == 1 { (1, count) } else { (count, 1) };
+        for n in nth..nth + calls {
+            // SAFETY: these pages are inside the mapping and of this share, which is borrowed as one
+            // for writing; anonymous memory is valid as zeros.
+            let at = unsafe { self.start.add(self.index(n)) };
+            // SAFETY: likewise.
+            let rc = unsafe { libc::madvise(at.as_ptr().cast(), pages * PAGE_BYTES, libc::MADV_DONTNEED) };
+            assert!(rc == 0, "the system takes no memory back: {}", Error::last_os_error());
+        }
+    }
+
     /// The share's `nth` page.
     pub fn page(&mut self, nth: usize) -> &mut Page {
         assert!(nth < self.pages, "page {nth} of a share of {}", self.pages);
@@ -205,5 +220,26 @@ mod tests {
         }
         let mut all = area.split(1);
         assert!((0..9).all(|nth| *all[0].page(nth) == [nth as u8; PAGE_BYTES]));
+    }
+
+    #[test]
+    fn freed_pages_are_zero_and_others_are_not() {
+        for threads in [1, 2] {
+            let mut area = Area::map(8, HugePages::Never).unwrap();
+            area.split(1)[0].page(0).fill(1);
+            let mut shares = area.split(threads);
+            (0..shares[0].pages()).for_each(|nth| shares[0].page(nth).fill(7));
+            shares.iter_mut().skip(1).for_each(|s| (0..s.pages()).for_each(|nth| s.page(nth).fill(7)));
+            shares[0].free(1, 2);
+            let (mut freed, step) = (Vec::new(), threads);
+            drop(shares);
+            let mut all = area.split(1);
+            (0..8).for_each(|nth| {
+                if *all[0].page(nth) == [0; PAGE_BYTES] {
+                    freed.push(nth)
+                }
+            });
+            assert_eq!(freed, [step, 2 * step], "{threads} threads");
+        }
     }
 }

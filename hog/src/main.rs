@@ -1,7 +1,9 @@
 //! `ghostswap-hog`: fills memory with verifiable pages, touches them at random, checks each byte.
 //!
 //! A touch reads the page's first word (the fault, timed apart), checks the whole page, and one
-//! time in four writes the page's next generation. Exit status: 0 all pages good, 1 an error or
+//! time in four writes the page's next generation. With `--churn` one touch in four also gives a run of
+//! pages back to the system and writes their next generation into fresh memory, so that their swap
+//! slots are freed and used again all the time. Exit status: 0 all pages good, 1 an error or
 //! a wrong page, 2 bad usage.
 
 use anyhow::{bail, Context, Result};
@@ -46,6 +48,9 @@ struct Args {
     /// Huge pages for the hogged memory
     #[arg(long, value_enum, default_value = "default")]
     thp: Thp,
+    /// After one touch in four, free a run of up to this many pages and write them anew
+    #[arg(long, value_name = "PAGES", default_value_t = 0)]
+    churn: u32,
     /// Check every page once more at the end
     #[arg(long)]
     check_all: bool,
@@ -81,6 +86,7 @@ struct Summary {
     touches: u64,
     touches_per_second: f64,
     rewrites: u64,
+    freed: u64,
     checked_at_end: u64,
     touch: Percentiles,
     first_word: Percentiles,
@@ -117,7 +123,7 @@ fn run(args: &Args) -> Result<u64> {
     let began = Instant::now();
     let mut workers: Vec<Worker> = (0u64..)
         .zip(area.split(args.threads.into()))
-        .map(|(number, share)| Worker::new(&pages, share, args.seed ^ (number + 1) << 32))
+        .map(|(number, share)| Worker::new(&pages, share, args.seed ^ (number + 1) << 32, args.churn))
         .collect();
     on_threads(&mut workers, |_, worker| worker.fill())?;
     let fill_seconds = began.elapsed().as_secs_f64();
@@ -177,25 +183,29 @@ struct Worker<'a> {
     /// takes a page of 256 generations ago for today's.
     generations: Vec<u8>,
     random: Random,
+    churn: u32,
     touch: Histogram,
     first_word: Histogram,
     touches: u64,
     rewrites: u64,
+    freed: u64,
     checked_at_end: u64,
     errors: u64,
 }
 
 impl<'a> Worker<'a> {
-    fn new(pages: &'a Pages, share: Share<'a>, seed: u64) -> Worker<'a> {
+    fn new(pages: &'a Pages, share: Share<'a>, seed: u64, churn: u32) -> Worker<'a> {
         Worker {
             pages,
             generations: vec![0; share.pages()],
             share,
             random: Random(seed),
+            churn,
             touch: Histogram::default(),
             first_word: Histogram::default(),
             touches: 0,
             rewrites: 0,
+            freed: 0,
             checked_at_end: 0,
             errors: 0,
         }
@@ -233,6 +243,24 @@ impl<'a> Worker<'a> {
         self.touch.record(began.elapsed());
         self.first_word.record(first);
         self.touches += 1;
+        if self.churn > 0 && draw >> 2 & 3 == 0 {
+            self.free_and_write(nth, draw >> 40);
+        }
+    }
+
+    /// Frees pages from the `nth` on and writes them anew. One time in two they are looked at first:
+    /// what is swapped out is freed there otherwise.
+    fn free_and_write(&mut self, nth: usize, draw: u64) {
+        let run = 1 + (draw % u64::from(self.churn)) as usize;
+        let end = self.share.pages().min(nth + run);
+        for each in (nth..end).filter(|_| draw >> 23 & 1 == 0) {
+            self.check(each);
+        }
+        self.share.free(nth, end - nth);
+        for each in nth..end {
+            self.rewrite(each);
+        }
+        self.freed += (end - nth) as u64;
     }
 
     fn check(&mut self, nth: usize) -> bool {
@@ -279,6 +307,7 @@ fn summary(args: &Args, workers: &[Worker], fill_seconds: f64, seconds: f64) -> 
         touches,
         touches_per_second: if touches == 0 { 0.0 } else { touches as f64 / seconds },
         rewrites: sum(|worker| worker.rewrites),
+        freed: sum(|worker| worker.freed),
         checked_at_end: sum(|worker| worker.checked_at_end),
         touch: touch.percentiles(),
         first_word: first_word.percentiles(),

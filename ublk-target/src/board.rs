@@ -19,6 +19,7 @@
 #![allow(unsafe_code)] // memfd, mmap, eventfd.
 
 use crate::queue::Counters;
+use crate::slotfree::Mode;
 use crate::windows::Published;
 use anyhow::{Context, Result};
 use std::io::Error as OsError;
@@ -58,6 +59,8 @@ pub struct Board {
     pub windows: AtomicU64,
     /// Times that the OOM killer was called because the store stayed full.
     pub victims: AtomicU64,
+    /// The slot-free feed.
+    pub slot_free: SlotFree,
     /// Log records that found no room.
     pub log_dropped: AtomicU64,
     log_written: AtomicU64,
@@ -67,6 +70,17 @@ pub struct Board {
     upgrade_to: Letter<PATH_BYTES>,
     upgrade_error: Letter<REQUEST_BYTES>,
     log: [AtomicU8; LOG_BYTES],
+}
+
+/// How the device hears of freed slots.
+#[repr(C)]
+pub struct SlotFree {
+    /// A [`Mode`], in the number of `reason`.
+    reason: Letter<REQUEST_BYTES>,
+    /// Ranges that were heard of, by all workers so far.
+    pub events: AtomicU64,
+    /// Pages in them.
+    pub pages: AtomicU64,
 }
 
 /// A message with the number of the question it belongs to.
@@ -155,8 +169,18 @@ impl Shared {
 
     /// Why the last upgrade came to nothing; empty: it did not.
     pub fn set_upgrade_error(&self, why: &str) {
-        let cut = why.char_indices().map(|(at, _)| at).take_while(|at| *at < REQUEST_BYTES - 4).last().unwrap_or(0);
-        self.board.upgrade_error.put(0, if why.len() < REQUEST_BYTES { why } else { &why[..cut] }.as_bytes());
+        self.board.upgrade_error.put(0, cut(why).as_bytes());
+    }
+
+    /// How the device hears of freed slots, and by what, or why not.
+    pub fn set_slot_free(&self, mode: Mode, reason: &str) {
+        self.board.slot_free.reason.put(mode as u64, cut(reason).as_bytes());
+    }
+
+    /// The same, to tell it.
+    pub fn slot_free(&self) -> (Mode, String) {
+        let (mode, reason) = self.board.slot_free.reason.get();
+        (Mode::from_number(mode), reason)
     }
 
     /// The same, to tell it.
@@ -252,6 +276,16 @@ impl Shared {
         let (written, read) = (b.log_written.load(Ordering::Acquire), b.log_read.load(Ordering::Relaxed));
         into.extend((read..written).map(|at| b.log[at as usize % LOG_BYTES].load(Ordering::Relaxed)));
         b.log_read.store(written, Ordering::Release);
+    }
+}
+
+/// As much of a text as a short letter takes.
+fn cut(text: &str) -> &str {
+    let end = text.char_indices().map(|(at, _)| at).take_while(|at| *at < REQUEST_BYTES - 4).last().unwrap_or(0);
+    if text.len() < REQUEST_BYTES {
+        text
+    } else {
+        &text[..end]
     }
 }
 

@@ -1,5 +1,6 @@
 //! The command line: raw arguments become checked values here and nowhere else.
 
+use crate::slotfree::Wish;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ghostswap::config::{parse_size, TierConfig};
 use ghostswap::MAX_VOLUME_BYTES;
@@ -79,6 +80,9 @@ pub struct Add {
     /// store (0: never, and the machine may stand still)
     #[arg(long, value_name = "SECONDS", default_value_t = 3, value_parser = clap::value_parser!(u16).range(0..=3600))]
     pub oom_after: u16,
+    /// How to hear of freed swap slots
+    #[arg(long, value_name = "HOW", value_enum, default_value = "auto")]
+    pub slot_free: Wish,
     /// Stay in the foreground and log to stderr
     #[arg(long)]
     pub foreground: bool,

@@ -2,16 +2,17 @@
 //!
 //! It looks at the machine as it is and at what its caller may do, since the daemon inherits both;
 //! it changes nothing that outlives it. `machine` holds the checks of kernel and settings,
-//! `caller` those of the process. A check is a pure function of texts, or of files below a root
+//! `caller` those of the process, `feed` that of the slot-free feed. A check is a pure function of texts, or of files below a root
 //! that tests can replace. Checks that have to ask the driver are left out while it is not there.
 //!
 //! `fail` is for what keeps a device from being made or lets its daemon deadlock, `warn` for what
 //! costs memory, speed or a feature.
 
 mod caller;
+mod feed;
 mod machine;
 
-use crate::{control, protect};
+use crate::{control, protect, slotfree};
 use anyhow::{bail, Result};
 use libublk::ctrl::UblkCtrl;
 use serde::Serialize;
@@ -123,6 +124,10 @@ fn examine(here: &Machine) -> Vec<Check> {
         machine::zswap(here.text("sys/module/zswap/parameters/enabled").as_deref()),
         machine::zram(&text("proc/swaps")),
     ]);
+    let function = slotfree::find().map(|target| target.name).map_err(|e| format!("{e:#}"));
+    let (lockdown, kprobes) = (text("sys/kernel/security/lockdown"), here.has(slotfree::KPROBE_TYPE));
+    let function = function.as_ref().map(|name| *name).map_err(String::as_str);
+    checks.push(feed::slot_free(function, &lockdown, caps.unwrap_or(0), kprobes));
     checks.extend(machine::schedulers(here, &control::known_ids()));
     checks.extend([
         machine::page_cluster(&text("proc/sys/vm/page-cluster")),

@@ -38,6 +38,8 @@ pub struct Letter {
     pub arena: RawFd,
     /// The board's descriptors.
     pub board: [RawFd; 5],
+    /// The slot-free feed's, if there is one.
+    pub feed: Option<[RawFd; 4]>,
     /// The worker that serves: its process and its pipe.
     pub worker: (libc::pid_t, RawFd),
     /// Other children, to be replaced.
@@ -86,16 +88,17 @@ impl Letter {
     }
 
     fn kept(&self) -> Vec<RawFd> {
-        [self.program, self.arena, self.worker.1].into_iter().chain(self.board).collect()
+        let some = [self.program, self.arena, self.worker.1].into_iter();
+        some.chain(self.board).chain(self.feed.into_iter().flatten()).collect()
     }
 
     /// Takes the descriptors into ownership, close-on-exec again. The old program's is closed.
-    pub fn descriptors(&self) -> (OwnedFd, [OwnedFd; 5], OwnedFd) {
+    pub fn descriptors(&self) -> (OwnedFd, [OwnedFd; 5], Option<[OwnedFd; 4]>, OwnedFd) {
         self.kept().into_iter().for_each(|fd| keep_over_exec(fd, false));
         // SAFETY: they were left to this program, which has not touched them yet and does so once.
         let own = |fd: RawFd| unsafe { OwnedFd::from_raw_fd(fd) };
         drop(own(self.program));
-        (own(self.arena), self.board.map(own), own(self.worker.1))
+        (own(self.arena), self.board.map(own), self.feed.map(|feed| feed.map(own)), own(self.worker.1))
     }
 }
 

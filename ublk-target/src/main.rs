@@ -4,7 +4,7 @@
 //! calls, `device` and `claim` speak to the driver. Its processes: the command (`daemon`), the
 //! `supervise`r that keeps what is stored, the `worker` that serves and the one that stands by, the
 //! `agent` that answers `control` messages, keeps the swap `windows` and writes the `log`; they share the
-//! `board`. `protect` keeps them out of their own swap, `doctor` looks at the machine, `notify` and
+//! `board`. `slotfree` hears of freed swap slots. `protect` keeps them out of their own swap, `doctor` looks at the machine, `notify` and
 //! `unit` get along with systemd.
 //!
 //! Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong usage.
@@ -26,6 +26,7 @@ mod protect;
 mod queue;
 mod shortage;
 mod signals;
+mod slotfree;
 mod supervise;
 mod unit;
 mod windows;

@@ -10,14 +10,21 @@
 //! are at least [`REFUSAL_PAUSE`] apart: the kernel resubmits a refused page at once, and a
 //! queue that answered at full speed would do nothing else.
 //!
+//! With the slot-free feed a write remembers its gate when it is accepted, and none of it is stored
+//! before all that the kernel told earlier was applied (`slotfree/ring.rs`): what is in the way of a
+//! write its own queue drains. When nothing is written, queue 0 waits on the ring beside its
+//! requests and drains a moment after the first word, so that many come at once.
+//!
 //! Nothing here allocates, locks, logs or opens a file once the loop runs. Idle, a queue sleeps in
 //! `io_uring_enter`; one call submits a batch of completions and waits for the next requests.
 
 #![allow(unsafe_code)] // pread/pwrite on a borrowed descriptor; pushing a timer on the ring.
 
 use crate::board::{Board, Shared};
+use crate::slotfree::ring::{Drained, Freed};
+use crate::slotfree::Feed;
 use anyhow::{anyhow, Context, Result};
-use ghostswap::{Error, Lane};
+use ghostswap::{Error, Lane, PAGE_BYTES};
 use io_uring::{cqueue, opcode, squeue, types, IoUring};
 use libublk::io::{BufDesc, BufDescList, UblkDev, UblkIOCtx, UblkQueue};
 use libublk::{sys, ublk_init_task_ring, with_task_io_ring_mut, UblkError, UblkIORes, UblkUringData};
@@ -45,6 +52,15 @@ const STACK_BYTES: usize = 128 << 10;
 const TIMER: u64 = UblkUringData::Target as u64;
 /// Marks the beat's completion.
 const BEAT: u64 = TIMER | 1;
+/// Marks that freed slots were told of, and that enough time has passed to look what they are.
+const TOLD: u64 = TIMER | 2;
+const GATHERED: u64 = TIMER | 3;
+/// How long freed slots are gathered before they are looked at.
+static GATHER: types::Timespec = types::Timespec::new().nsec(2_000_000);
+/// How soon a write is tried again that waits for another thread, or the kernel, at the feed.
+const SOON: Duration = Duration::from_micros(200);
+/// Freed pages dropped at a time; reads come in between.
+const DROP_PAGES: u64 = 512;
 const DONE: i32 = 0;
 
 /// What the I/O threads have to tell; others read and report it.
@@ -65,6 +81,8 @@ struct Write {
     offset: u64,
     len: usize,
     done: usize,
+    /// What must have been heard of freed slots before any of it is stored.
+    gate: u64,
 }
 
 /// A fixed FIFO of writes, one place for every tag.
@@ -106,6 +124,23 @@ enum Next {
     Poll,
     /// The store has no room: sleep until a request or the timer comes.
     Retry,
+    /// The same, for less long: the feed is in other hands.
+    Soon,
+}
+
+/// What queue 0 waits for at the feed.
+#[derive(Clone, Copy, PartialEq)]
+enum Watch {
+    /// For nothing yet: it is to wait for the next word.
+    Idle,
+    /// For a word.
+    Told,
+    /// For the time to pass.
+    Gathered,
+    /// It is to drain.
+    Due,
+    /// Another queue does all that, or there is no feed.
+    Never,
 }
 
 struct Server<'a> {
@@ -115,6 +150,8 @@ struct Server<'a> {
     writes: Writes,
     counters: &'a Counters,
     beat: &'a AtomicU64,
+    feed: Option<Arc<Feed>>,
+    watch: Watch,
     /// Since when the first write has made no progress.
     stuck_since: Option<Instant>,
     last_refusal: Option<Instant>,
@@ -150,7 +187,7 @@ pub struct Running {
 
 impl Idle {
     /// Returns once the thread has its ring.
-    pub fn start(qid: u16, depth: u16, shared: Arc<Shared>) -> Result<Idle> {
+    pub fn start(qid: u16, depth: u16, shared: Arc<Shared>, feed: Option<Arc<Feed>>) -> Result<Idle> {
         let (jobs, given) = sync_channel::<Job>(1);
         let (tell, news) = sync_channel(1);
         let body = move || {
@@ -160,7 +197,7 @@ impl Idle {
             // No job comes if the standby was not needed.
             let (false, Ok((dev, lane))) = (failed, given.recv()) else { return };
             let ready = || drop(tell.send(Ok(0)));
-            if let Err(e) = serve(qid, &dev, lane, shared.board, ready) {
+            if let Err(e) = serve(qid, &dev, lane, shared.board, feed, ready) {
                 let _ = tell.send(Err(e));
             }
         };
@@ -182,14 +219,21 @@ impl Idle {
 /// All that needs no device.
 fn prepare(qid: u16, depth: u16) -> Result<libc::pid_t> {
     crate::protect::first_in_line(crate::protect::TAKE_OVER_PRIORITY);
-    init_ring(u32::from(depth) + 2).map_err(|e| anyhow!("cannot set up io_uring for queue {qid}: {e:?}"))?;
+    init_ring(u32::from(depth) + 4).map_err(|e| anyhow!("cannot set up io_uring for queue {qid}: {e:?}"))?;
     // SAFETY: no preconditions.
     Ok(unsafe { libc::gettid() })
 }
 
 /// Sets the queue up, calls `ready` once its fetch commands are prepared, and serves it until the
 /// device stops.
-fn serve(qid: u16, dev: &UblkDev, lane: Lane, board: &Board, ready: impl FnOnce()) -> Result<()> {
+fn serve(
+    qid: u16,
+    dev: &UblkDev,
+    lane: Lane,
+    board: &Board,
+    feed: Option<Arc<Feed>>,
+    ready: impl FnOnce(),
+) -> Result<()> {
     let depth = dev.dev_info.queue_depth;
     let queue = UblkQueue::new(qid, dev)
         .and_then(|q| q.submit_fetch_commands_unified(BufDescList::Slices(None)))
@@ -203,6 +247,8 @@ fn serve(qid: u16, dev: &UblkDev, lane: Lane, board: &Board, ready: impl FnOnce(
         writes: Writes::new(usize::from(depth)),
         counters: &board.counters,
         beat: &board.beats[usize::from(qid)],
+        watch: if qid == 0 && feed.is_some() { Watch::Idle } else { Watch::Never },
+        feed,
         stuck_since: None,
         last_refusal: None,
         timer_armed: false,
@@ -238,8 +284,11 @@ impl Server<'_> {
     fn run(&mut self, queue: &UblkQueue<'_>) {
         let mut next = Next::Sleep;
         loop {
-            if next == Next::Retry && !self.timer_armed {
-                self.timer_armed = self.arm(TIMER, RETRY);
+            if matches!(next, Next::Retry | Next::Soon) && !self.timer_armed {
+                self.timer_armed = self.arm(TIMER, if next == Next::Soon { SOON } else { RETRY });
+            }
+            if self.watch == Watch::Idle {
+                self.wait_at_feed();
             }
             if !self.beat_armed {
                 self.beat_armed = self.arm(BEAT, BEAT_EVERY);
@@ -250,7 +299,12 @@ impl Server<'_> {
                 // The device is stopping and all commands are back, or the ring is gone.
                 return;
             }
+            let answered = self.answered;
             next = self.work_on_writes(queue);
+            if self.watch == Watch::Due && next != Next::Poll {
+                // Answers to reads go out first.
+                next = if answered { Next::Poll } else { self.work_on_feed(next) };
+            }
         }
     }
 
@@ -264,6 +318,19 @@ impl Server<'_> {
             BEAT => {
                 self.beat.fetch_add(1, Ordering::Relaxed);
                 self.beat_armed = false;
+                // Should a word of the feed ever be missed, this is how long it waits.
+                if let Some(feed) = &self.feed {
+                    feed.drain(DROP_PAGES, |freed| drop_freed(&mut self.lane, freed));
+                }
+                return;
+            }
+            TOLD => {
+                // Where the ring cannot be waited on, writes and beats drain it.
+                self.watch = if result > 0 { self.gather() } else { Watch::Never };
+                return;
+            }
+            GATHERED => {
+                self.watch = Watch::Due;
                 return;
             }
             _ => {}
@@ -281,7 +348,8 @@ impl Server<'_> {
         let answer = match iod.op_flags & 0xff {
             sys::UBLK_IO_OP_READ => self.read(queue.get_qid(), tag, offset, len as usize),
             sys::UBLK_IO_OP_WRITE => {
-                self.writes.push(Write { tag, offset, len: len as usize, done: 0 });
+                let gate = self.feed.as_ref().map_or(0, |feed| feed.ring().gate());
+                self.writes.push(Write { tag, offset, len: len as usize, done: 0, gate });
                 return;
             }
             sys::UBLK_IO_OP_DISCARD => self.lane.discard(offset, len).map_or_else(|e| errno(&e), |()| DONE),
@@ -334,6 +402,9 @@ impl Server<'_> {
             if answered || budget == 0 || with_task_io_ring_mut(|r| !r.completion().is_empty()) {
                 return Next::Poll;
             }
+            if let Some(wait) = self.held_at_gate(write.gate) {
+                return wait;
+            }
             let wanted = SLICE_BYTES.min(write.len - write.done);
             budget = budget.saturating_sub(wanted);
             match self.slice(queue.get_qid(), write) {
@@ -354,6 +425,55 @@ impl Server<'_> {
                 }
                 Err(errno) => self.finish(queue, write.tag, errno),
             }
+        }
+    }
+
+    /// Whether a write must wait until older freed slots were dropped, and what to do meanwhile.
+    fn held_at_gate(&mut self, gate: u64) -> Option<Next> {
+        let feed = self.feed.as_ref()?;
+        if feed.ring().passed(gate) {
+            return None;
+        }
+        let lane = &mut self.lane;
+        let ended = feed.drain(DROP_PAGES, |freed| drop_freed(lane, freed));
+        match ended {
+            _ if feed.ring().passed(gate) => None,
+            Drained::More => Some(Next::Poll),
+            _ => Some(Next::Soon),
+        }
+    }
+
+    /// Drops what was told of while nothing was written.
+    fn work_on_feed(&mut self, next: Next) -> Next {
+        let (Some(feed), lane) = (&self.feed, &mut self.lane) else { return next };
+        match feed.drain(DROP_PAGES, |freed| drop_freed(lane, freed)) {
+            Drained::More => return Next::Poll,
+            Drained::All => self.watch = Watch::Idle,
+            Drained::Busy | Drained::Elsewhere => self.watch = self.gather(),
+        }
+        next
+    }
+
+    /// Waits on the ring; submitted with the next batch. A full queue of entries is not for long.
+    fn wait_at_feed(&mut self) {
+        let Some(feed) = &self.feed else { return };
+        let poll = opcode::PollAdd::new(types::Fd(feed.descriptor()), libc::POLLIN as u32).build().user_data(TOLD);
+        // SAFETY: the descriptor is open as long as the process lives.
+        let pushed = with_task_io_ring_mut(|ring| unsafe { ring.submission().push(&poll) }.is_ok());
+        if pushed {
+            self.watch = Watch::Told;
+        }
+    }
+
+    /// Starts the time to gather in; without room for it there is none.
+    fn gather(&self) -> Watch {
+        let timer = opcode::Timeout::new(&GATHER).build().user_data(GATHERED);
+        // SAFETY: the time is a static.
+        let pushed = with_task_io_ring_mut(|ring| unsafe { ring.submission().push(&timer) }.is_ok());
+        if pushed {
+            Watch::Gathered
+        } else {
+            Watch::Due
         }
     }
 
@@ -415,6 +535,14 @@ impl Server<'_> {
             let pushed = unsafe { ring.submission().push(&timer) }.is_ok();
             pushed && ring.submit().is_ok()
         })
+    }
+}
+
+/// What lies beyond the device is none of its pages.
+fn drop_freed(lane: &mut Lane, freed: Freed) {
+    let bytes = |pages: u64| pages.checked_mul(PAGE_BYTES as u64);
+    if let (Some(offset), Some(len)) = (bytes(freed.page), bytes(freed.count)) {
+        let _ = lane.discard(offset, len);
     }
 }
 

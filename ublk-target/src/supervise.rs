@@ -21,6 +21,7 @@ use crate::cli::Add;
 use crate::daemon::{self, fork};
 use crate::handover::{Letter, HANDOVER_VERSION};
 use crate::notify::Manager;
+use crate::slotfree::{Mode, Source};
 use crate::worker::{self, Setup};
 use crate::{agent, control, device, protect, signals};
 use anyhow::{anyhow, bail, Context, Result};
@@ -67,6 +68,7 @@ struct Supervisor<'a> {
     upgrading: bool,
     arena: OwnedFd,
     shared: Arc<Shared>,
+    feed: Option<Source>,
     active: Worker,
     /// The next to take over first.
     standbys: Vec<Worker>,
@@ -117,12 +119,15 @@ pub fn run(add: &Add, mut tell: UnixStream) -> Result<()> {
 fn begin(add: &Add) -> Result<(Supervisor<'_>, OwnedFd)> {
     device::check_driver(add.id)?;
     let received = signals::block(&[libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGCHLD])?;
+    // Before memory is locked and the allocator keeps what it has: this takes 6 MB for a moment.
+    let (feed, mode, reason) = Source::make(add.slot_free)?;
     protect::process()?;
     protect::first_in_line(protect::SUPERVISOR_PRIORITY);
     let arena = ghostswap::create_arena(false)?;
     let shared = Arc::new(Shared::new()?);
-    let active = start(add, &arena, &shared, None)?;
-    let mut supervisor = Supervisor::new(add, arena, shared, active);
+    shared.set_slot_free(mode, &reason);
+    let active = start(add, &arena, &shared, feed.as_ref(), None)?;
+    let mut supervisor = Supervisor::new(add, arena, shared, feed, active);
     supervisor.active.order("add")?;
     Ok((supervisor, received))
 }
@@ -132,10 +137,10 @@ pub fn resume(add: &Add, letter: Letter) -> Result<()> {
     let received = signals::block(&[libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGCHLD])?;
     protect::process()?;
     protect::first_in_line(protect::SUPERVISOR_PRIORITY);
-    let (arena, board, pipe) = letter.descriptors();
+    let (arena, board, feed, pipe) = letter.descriptors();
     let shared = Arc::new(Shared::of(board)?);
     let active = Worker::new(letter.worker.0, UnixStream::from(pipe));
-    let mut supervisor = Supervisor::new(add, arena, shared, active);
+    let mut supervisor = Supervisor::new(add, arena, shared, feed.map(Source::left), active);
     supervisor.device = Some((letter.device.0, letter.device.1.into()));
     supervisor.recoverable = true;
     supervisor.upgrading = true;
@@ -149,12 +154,13 @@ pub fn resume(add: &Add, letter: Letter) -> Result<()> {
 }
 
 impl<'a> Supervisor<'a> {
-    fn new(add: &'a Add, arena: OwnedFd, shared: Arc<Shared>, active: Worker) -> Supervisor<'a> {
+    fn new(add: &'a Add, arena: OwnedFd, shared: Arc<Shared>, feed: Option<Source>, active: Worker) -> Supervisor<'a> {
         Supervisor {
             add,
             upgrading: false,
             arena,
             shared,
+            feed,
             active,
             standbys: Vec::with_capacity(STANDBYS),
             agent: None,
@@ -307,6 +313,7 @@ impl<'a> Supervisor<'a> {
                     program: -1,
                     arena: self.arena.as_raw_fd(),
                     board: self.shared.descriptors(),
+                    feed: self.feed.as_ref().map(Source::descriptors),
                     worker: (self.active.pid, self.active.pipe.get_ref().as_raw_fd()),
                     standbys: self.standbys.iter().map(|s| s.pid).collect(),
                     agent: self.agent,
@@ -332,9 +339,19 @@ impl<'a> Supervisor<'a> {
         // Once a device could be handed over, it can.
         self.recoverable |= recoverable == Some("true");
         if let Some(id) = id.and_then(|id| id.parse().ok()) {
-            self.device = Some((id, path.into()));
+            if self.device.replace((id, path.into())).is_none() {
+                self.aim_feed();
+            }
         }
         self.tell_manager(path);
+    }
+
+    /// Has freed slots on the new device reported.
+    fn aim_feed(&mut self) {
+        let (Some(feed), Some((_, path))) = (&self.feed, &self.device) else { return };
+        if let Err(e) = feed.aim(path) {
+            self.shared.set_slot_free(Mode::Discard, &format!("{e:#}"));
+        }
     }
 
     /// A new device is ready only when the waiting process has swapped it on.
@@ -392,7 +409,7 @@ impl<'a> Supervisor<'a> {
     /// would be to throw all pages away.
     fn forked_now(&self, id: u32, order: &str) -> Worker {
         loop {
-            if let Ok(mut fresh) = start(self.add, &self.arena, &self.shared, Some(id)) {
+            if let Ok(mut fresh) = start(self.add, &self.arena, &self.shared, self.feed.as_ref(), Some(id)) {
                 if fresh.order(order).is_ok() {
                     return fresh;
                 }
@@ -430,7 +447,7 @@ impl<'a> Supervisor<'a> {
         }
         // Without one a worker is forked when it is needed.
         let id = self.device.as_ref().map(|(id, _)| *id);
-        self.standbys.extend(start(self.add, &self.arena, &self.shared, id).ok());
+        self.standbys.extend(start(self.add, &self.arena, &self.shared, self.feed.as_ref(), id).ok());
     }
 
     fn start_agent(&mut self) {
@@ -499,13 +516,20 @@ impl Worker {
 }
 
 /// Forks a worker that stands by.
-fn start(add: &Add, arena: &OwnedFd, shared: &Arc<Shared>, device: Option<u32>) -> Result<Worker> {
+fn start(
+    add: &Add,
+    arena: &OwnedFd,
+    shared: &Arc<Shared>,
+    feed: Option<&Source>,
+    device: Option<u32>,
+) -> Result<Worker> {
     let (ours, theirs) = UnixStream::pair().context("cannot make a socket pair")?;
     let mut tell = theirs.try_clone().context("cannot duplicate a pipe")?;
     let arena = arena.try_clone().context("cannot duplicate the arena's descriptor")?;
     let mut keep = shared.descriptors().to_vec();
     keep.extend([arena.as_raw_fd(), theirs.as_raw_fd(), tell.as_raw_fd()]);
-    let setup = Setup { add, arena, shared: shared.clone(), pipe: theirs, device };
+    keep.extend(feed.into_iter().flat_map(Source::descriptors));
+    let setup = Setup { add, arena, shared: shared.clone(), feed, pipe: theirs, device };
     let pid = child(c"gs-worker", keep, || {
         let done = worker::run(setup);
         if let Err(e) = &done {

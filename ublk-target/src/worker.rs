@@ -15,6 +15,7 @@ use crate::claim::Claim;
 use crate::cli::{self, Add, DEFAULT_TIER};
 use crate::control::{Answer, Request};
 use crate::handover::HANDOVER_VERSION;
+use crate::slotfree::{self, Feed, Source};
 use crate::windows::Held;
 use crate::{daemon, device, log, protect, queue, signals};
 use anyhow::{anyhow, bail, Context, Result};
@@ -48,6 +49,8 @@ pub struct Setup<'a> {
     pub arena: OwnedFd,
     /// The board.
     pub shared: Arc<Shared>,
+    /// Freed slots, if they can be heard of.
+    pub feed: Option<&'a Source>,
     /// Orders down, news up.
     pub pipe: UnixStream,
     /// The device to take over; None: it is to be made.
@@ -58,6 +61,7 @@ pub struct Setup<'a> {
 struct Ready<'a> {
     add: &'a Add,
     shared: Arc<Shared>,
+    feed: Option<Arc<Feed>>,
     standby: Standby,
     queues: Vec<queue::Idle>,
     watched: Option<(UblkCtrl, Claim)>,
@@ -66,6 +70,7 @@ struct Ready<'a> {
 /// A live device.
 struct Device {
     shared: Arc<Shared>,
+    feed: Option<Arc<Feed>>,
     ctrl: UblkCtrl,
     path: PathBuf,
     store: Store,
@@ -104,7 +109,8 @@ pub fn run(setup: Setup<'_>) -> Result<()> {
     }
     let mut tell = setup.pipe.try_clone().context("cannot duplicate the pipe")?;
     let mut orders = BufReader::with_capacity(512, setup.pipe);
-    let mut ready = Ready::new(setup.add, setup.arena, setup.shared, setup.device)?;
+    let feed = setup.feed.map(|source| Feed::map(source, &setup.shared)).transpose()?.map(Arc::new);
+    let mut ready = Ready::new(setup.add, setup.arena, setup.shared, feed, setup.device)?;
     daemon::say(&mut tell, "ready");
     let Some(order) = ready.wait_for_order(&mut orders)? else { return Ok(()) };
     voice.rise();
@@ -120,7 +126,13 @@ pub fn run(setup: Setup<'_>) -> Result<()> {
 }
 
 impl<'a> Ready<'a> {
-    fn new(add: &'a Add, arena: OwnedFd, shared: Arc<Shared>, id: Option<u32>) -> Result<Ready<'a>> {
+    fn new(
+        add: &'a Add,
+        arena: OwnedFd,
+        shared: Arc<Shared>,
+        feed: Option<Arc<Feed>>,
+        id: Option<u32>,
+    ) -> Result<Ready<'a>> {
         let mut tiers = add.tiers.clone();
         if tiers.is_empty() {
             tiers.push(DEFAULT_TIER.parse().map_err(|e: String| anyhow!(e))?);
@@ -132,10 +144,10 @@ impl<'a> Ready<'a> {
             ..StoreConfig::default()
         };
         let standby = Standby::new(config, arena)?;
-        let start = |qid| queue::Idle::start(qid, add.depth, shared.clone());
+        let start = |qid| queue::Idle::start(qid, add.depth, shared.clone(), feed.clone());
         let queues = (0..add.queues).map(start).collect::<Result<_>>()?;
         let watched = id.map(|id| device::watch(add, id)).transpose()?;
-        let mut ready = Ready { add, shared, standby, queues, watched };
+        let mut ready = Ready { add, shared, feed, standby, queues, watched };
         ready.standby.keep_up()?;
         protect::make_resident()?;
         Ok(ready)
@@ -188,7 +200,8 @@ impl<'a> Ready<'a> {
         ctrl.start_dev(&dev)
             .map_err(|e| anyhow!("the ublk driver cannot start the device: {}", device::describe(&e)))?;
         steps.done("start");
-        Ok((Device { shared: self.shared, ctrl, path, store, volume, queues, recovered }, dev))
+        let (shared, feed) = (self.shared, self.feed);
+        Ok((Device { shared, feed, ctrl, path, store, volume, queues, recovered }, dev))
     }
 }
 
@@ -218,12 +231,14 @@ impl Device {
 
     fn wait_for_stop(&self) {
         let mut reported = self.counted();
+        let mut lost_told = self.feed.as_ref().is_some_and(|feed| feed.lost() > 0);
         let mut report_due = Instant::now() + REPORT_EVERY;
         loop {
             self.publish();
             let [asked] = signals::poll([self.shared.worker_bell()], PUBLISH_EVERY);
             if Instant::now() >= report_due {
                 self.report(&mut reported);
+                self.report_lost(&mut lost_told);
                 report_due = Instant::now() + REPORT_EVERY;
             }
             if self.queues.iter().any(|q| q.thread.is_finished()) {
@@ -308,6 +323,7 @@ impl Device {
         let info = self.ctrl.dev_info();
         let count = |c: &AtomicU64| c.load(Ordering::Relaxed);
         let board = self.shared.board;
+        let (slot_free, slot_free_line) = slotfree::describe(&self.shared, self.feed.as_deref());
         let device = json!({
             "id": info.dev_id,
             "path": self.path,
@@ -327,14 +343,25 @@ impl Device {
             "writes_refused": count(&board.counters.refused),
             "requests_failed": count(&board.counters.failed),
             "oom_victims": count(&board.victims),
+            "slot_free": slot_free,
             "stats": stats,
         });
-        Answer { ok: true, device: Some(device), report: Some(stats.to_string()), error: None }
+        Answer { ok: true, device: Some(device), report: Some(format!("{stats}\n{slot_free_line}\n")), error: None }
     }
 
     fn counted(&self) -> [u64; 3] {
         let c = &self.shared.board.counters;
         [&c.parked, &c.refused, &c.failed].map(|n| n.load(Ordering::Relaxed))
+    }
+
+    /// Logs once that freed slots went unheard; `status` has the count.
+    fn report_lost(&self, told: &mut bool) {
+        let lost = self.feed.as_ref().map_or(0, |feed| feed.lost());
+        if lost > 0 && !std::mem::replace(told, true) {
+            tracing::warn!(
+                "{lost} ranges of freed slots found the ring full: their pages stay until the slots are used again"
+            );
+        }
     }
 
     /// Logs what the queues counted since the last time.

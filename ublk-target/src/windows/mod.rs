@@ -28,6 +28,7 @@ pub use hand::{swap_off, swap_on};
 
 use crate::board::Shared;
 use crate::control::SwapOn;
+use crate::slotfree::Mode;
 use anyhow::{bail, Context, Result};
 use areas::{Area, Kept, TooManyAreas};
 use ghostswap::config::format_size;
@@ -215,9 +216,10 @@ impl Keeper {
         }
     }
 
-    /// Whether the kernel is to tell by discards what is free.
+    /// Whether the kernel is to tell by discards what is free: it then takes fresh clusters before
+    /// half-empty ones.
     fn discards(&self) -> bool {
-        true
+        self.shared.slot_free().0 == Mode::Discard
     }
 
     fn begin_retreat(&mut self, number: u32) -> Result<()> {
