@@ -603,7 +603,7 @@ mod tests {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let arena = std::fs::File::open("/dev/null").unwrap().into();
         let shared = Arc::new(Shared::new().unwrap());
-        test(&mut Supervisor::new(&add, arena, shared, Worker::new(0, ours)), theirs);
+        test(&mut Supervisor::new(&add, arena, shared, None, Worker::new(0, ours)), theirs);
     }
 
     #[test]
