@@ -21,10 +21,9 @@
 #![allow(unsafe_code)] // pread/pwrite on a borrowed descriptor; pushing a timer on the ring.
 
 use crate::board::{Board, Shared};
-use crate::slotfree::ring::{Drained, Freed};
 use crate::slotfree::Feed;
 use anyhow::{anyhow, Context, Result};
-use ghostswap::{Error, Lane, PAGE_BYTES};
+use ghostswap::{Error, Lane};
 use io_uring::{cqueue, opcode, squeue, types, IoUring};
 use libublk::io::{BufDesc, BufDescList, UblkDev, UblkIOCtx, UblkQueue};
 use libublk::{sys, ublk_init_task_ring, with_task_io_ring_mut, UblkError, UblkIORes, UblkUringData};
@@ -35,6 +34,10 @@ use std::sync::mpsc::{sync_channel, Receiver, SyncSender};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+
+mod feed;
+
+use feed::{Watch, GATHERED, TOLD};
 
 /// Bytes moved between the kernel and the store at a time.
 pub const SLICE_BYTES: usize = 64 << 10;
@@ -52,15 +55,8 @@ const STACK_BYTES: usize = 128 << 10;
 const TIMER: u64 = UblkUringData::Target as u64;
 /// Marks the beat's completion.
 const BEAT: u64 = TIMER | 1;
-/// Marks that freed slots were told of, and that enough time has passed to look what they are.
-const TOLD: u64 = TIMER | 2;
-const GATHERED: u64 = TIMER | 3;
-/// How long freed slots are gathered before they are looked at.
-static GATHER: types::Timespec = types::Timespec::new().nsec(2_000_000);
 /// How soon a write is tried again that waits for another thread, or the kernel, at the feed.
 const SOON: Duration = Duration::from_micros(200);
-/// Freed pages dropped at a time; reads come in between.
-const DROP_PAGES: u64 = 512;
 const DONE: i32 = 0;
 
 /// What the I/O threads have to tell; others read and report it.
@@ -126,21 +122,6 @@ enum Next {
     Retry,
     /// The same, for less long: the feed is in other hands.
     Soon,
-}
-
-/// What queue 0 waits for at the feed.
-#[derive(Clone, Copy, PartialEq)]
-enum Watch {
-    /// For nothing yet: it is to wait for the next word.
-    Idle,
-    /// For a word.
-    Told,
-    /// For the time to pass.
-    Gathered,
-    /// It is to drain.
-    Due,
-    /// Another queue does all that, or there is no feed.
-    Never,
 }
 
 struct Server<'a> {
@@ -319,9 +300,7 @@ impl Server<'_> {
                 self.beat.fetch_add(1, Ordering::Relaxed);
                 self.beat_armed = false;
                 // Should a word of the feed ever be missed, this is how long it waits.
-                if let Some(feed) = &self.feed {
-                    feed.drain(DROP_PAGES, |freed| drop_freed(&mut self.lane, freed));
-                }
+                self.drop_some();
                 return;
             }
             TOLD => {
@@ -428,55 +407,6 @@ impl Server<'_> {
         }
     }
 
-    /// Whether a write must wait until older freed slots were dropped, and what to do meanwhile.
-    fn held_at_gate(&mut self, gate: u64) -> Option<Next> {
-        let feed = self.feed.as_ref()?;
-        if feed.ring().passed(gate) {
-            return None;
-        }
-        let lane = &mut self.lane;
-        let ended = feed.drain(DROP_PAGES, |freed| drop_freed(lane, freed));
-        match ended {
-            _ if feed.ring().passed(gate) => None,
-            Drained::More => Some(Next::Poll),
-            _ => Some(Next::Soon),
-        }
-    }
-
-    /// Drops what was told of while nothing was written.
-    fn work_on_feed(&mut self, next: Next) -> Next {
-        let (Some(feed), lane) = (&self.feed, &mut self.lane) else { return next };
-        match feed.drain(DROP_PAGES, |freed| drop_freed(lane, freed)) {
-            Drained::More => return Next::Poll,
-            Drained::All => self.watch = Watch::Idle,
-            Drained::Busy | Drained::Elsewhere => self.watch = self.gather(),
-        }
-        next
-    }
-
-    /// Waits on the ring; submitted with the next batch. A full queue of entries is not for long.
-    fn wait_at_feed(&mut self) {
-        let Some(feed) = &self.feed else { return };
-        let poll = opcode::PollAdd::new(types::Fd(feed.descriptor()), libc::POLLIN as u32).build().user_data(TOLD);
-        // SAFETY: the descriptor is open as long as the process lives.
-        let pushed = with_task_io_ring_mut(|ring| unsafe { ring.submission().push(&poll) }.is_ok());
-        if pushed {
-            self.watch = Watch::Told;
-        }
-    }
-
-    /// Starts the time to gather in; without room for it there is none.
-    fn gather(&self) -> Watch {
-        let timer = opcode::Timeout::new(&GATHER).build().user_data(GATHERED);
-        // SAFETY: the time is a static.
-        let pushed = with_task_io_ring_mut(|ring| unsafe { ring.submission().push(&timer) }.is_ok());
-        if pushed {
-            Watch::Gathered
-        } else {
-            Watch::Due
-        }
-    }
-
     /// Whether the first write has been tried since the timer last fired.
     fn parked_awaits_timer(&self) -> bool {
         self.stuck_since.is_some() && self.timer_armed
@@ -535,14 +465,6 @@ impl Server<'_> {
             let pushed = unsafe { ring.submission().push(&timer) }.is_ok();
             pushed && ring.submit().is_ok()
         })
-    }
-}
-
-/// What lies beyond the device is none of its pages.
-fn drop_freed(lane: &mut Lane, freed: Freed) {
-    let bytes = |pages: u64| pages.checked_mul(PAGE_BYTES as u64);
-    if let (Some(offset), Some(len)) = (bytes(freed.page), bytes(freed.count)) {
-        let _ = lane.discard(offset, len);
     }
 }
 

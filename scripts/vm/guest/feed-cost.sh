@@ -2,7 +2,7 @@
 # In the guest: what hearing of freed slots costs, and what it saves. The same hog on a device with the
 # feed, with discards instead, and with neither; then it exits, and the processor time of the queues'
 # threads and of the BPF program (the kernel counts it) is told for each million slots freed, and what
-# is still dead in the store 5 s later. Arguments: HOG_MIB, THP, SECONDS
+# is still dead in the store 5 s later. Arguments: HOG_MIB, THP, SECONDS, [HOWS]
 set -eu
 echo "$2" > /sys/kernel/mm/transparent_hugepage/enabled
 echo "kernel $(uname -r), THP $2, hog $1 MiB"
@@ -13,7 +13,7 @@ stored() { look; number stored_pages; stored=$value; number filled_pages; stored
 # Nanoseconds that the queues' threads have run.
 queues() { cat /proc/$1/task/*/stat /proc/$1/task/*/schedstat | awk '/\(gs-queue/ {q[++n] = 1; next} /\(/ {q[++n] = 0; next} {if (q[++m]) ns += $1} END {print ns + 0}'; }
 program() { cat /proc/$1/fdinfo/* 2> /dev/null | awk '/^run_time_ns/ {print $2; exit}'; }
-for how in bpf kprobe discards neither; do
+for how in ${4:-bpf kprobe discards neither}; do
     case $how in bpf|kprobe) feed=$how ;; *) feed=discard ;; esac
     dev=$(ghostswap-ublk add --size 16G --tier ram,limit=65%,codec=lz4 --slot-free $feed)
     mkswap "$dev" > /dev/null
