@@ -25,7 +25,7 @@ echo "first window: $(areas) (areas, MiB, MiB used); memory that went: $cost KiB
 echo "round grown: areas, MiB, MiB used; gone: areas, MiB, MiB used; dead pages after 5 s"
 for round in 1 2 3; do
     : > /tmp/hog.out
-    ghostswap-hog --mib "$hog" --threads 2 --seconds 5 --thp "$thp" > /tmp/hog.out 2>&1 &
+    ghostswap-hog --mib "$hog" --threads 2 --seconds 3 --thp "$thp" > /tmp/hog.out 2>&1 &
     hogpid=$!
     most='0 0 0'
     if [ -n "$next" ]; then
