@@ -14,20 +14,22 @@
 //! The supervisor has one thread, allocates next to nothing, and knows nothing of the arena. It
 //! never speaks to the driver itself: libublk's ring would go with the fork, and break there.
 
-#![allow(unsafe_code)] // waitpid, kill, close_range.
+mod children;
+mod pulse;
 
-use crate::board::{Shared, MAX_QUEUES};
+use crate::board::Shared;
 use crate::cli::Add;
-use crate::daemon::{self, fork};
+use crate::daemon;
 use crate::handover::{Letter, HANDOVER_VERSION};
 use crate::notify::Manager;
 use crate::slotfree::{Mode, Source};
-use crate::worker::{self, Setup};
 use crate::{agent, control, device, protect, signals};
-use anyhow::{anyhow, bail, Context, Result};
+use anyhow::{anyhow, bail, Result};
+use children::{child, describe, kill, ready_count, reap, start, Worker};
 use ghostswap::Spare;
-use std::io::{BufRead, BufReader, Write};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use pulse::Pulse;
+use std::io::{BufRead, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
@@ -53,14 +55,6 @@ const STANDBYS: usize = 2;
 const STANDBY_COST: u64 = 3 << 20;
 /// How often to look for signs of life.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
-
-struct Worker {
-    pid: libc::pid_t,
-    pipe: BufReader<UnixStream>,
-    since: Instant,
-    /// It stands by and waits for nothing but its order.
-    ready: bool,
-}
 
 struct Supervisor<'a> {
     add: &'a Add,
@@ -88,13 +82,6 @@ struct Supervisor<'a> {
     manager: Manager,
     /// Went on where an older program left off.
     resumed: bool,
-}
-
-/// Signs of life seen of the active worker's queues.
-struct Pulse {
-    beats: [u64; MAX_QUEUES],
-    /// When each was last seen to go on.
-    since: [Instant; MAX_QUEUES],
 }
 
 /// Supervises until the device is stopped. The waiter hears over `tell` once it is live.
@@ -476,121 +463,6 @@ impl<'a> Supervisor<'a> {
     }
 }
 
-impl Pulse {
-    fn new() -> Pulse {
-        Pulse { beats: [0; MAX_QUEUES], since: [Instant::now(); MAX_QUEUES] }
-    }
-
-    /// A worker begins.
-    fn restart(&mut self) {
-        self.since = [Instant::now(); MAX_QUEUES];
-    }
-
-    /// For how long the quietest queue has shown no sign of life.
-    fn quiet_for(&mut self, shared: &Shared) -> Duration {
-        let now = Instant::now();
-        let mut longest = Duration::ZERO;
-        for q in 0..shared.board.queues.load(Ordering::Relaxed) as usize {
-            let beat = shared.board.beats[q].load(Ordering::Relaxed);
-            if beat != self.beats[q] {
-                (self.beats[q], self.since[q]) = (beat, now);
-            }
-            longest = longest.max(now - self.since[q]);
-        }
-        longest
-    }
-}
-
-fn ready_count(standbys: &[Worker]) -> usize {
-    standbys.iter().filter(|s| s.ready).count()
-}
-
-impl Worker {
-    fn new(pid: libc::pid_t, pipe: UnixStream) -> Worker {
-        Worker { pid, pipe: BufReader::with_capacity(512, pipe), since: Instant::now(), ready: false }
-    }
-
-    fn order(&mut self, line: &str) -> std::io::Result<()> {
-        self.pipe.get_mut().write_all(format!("{line}\n").as_bytes())
-    }
-}
-
-/// Forks a worker that stands by.
-fn start(
-    add: &Add,
-    arena: &OwnedFd,
-    shared: &Arc<Shared>,
-    feed: Option<&Source>,
-    device: Option<u32>,
-) -> Result<Worker> {
-    let (ours, theirs) = UnixStream::pair().context("cannot make a socket pair")?;
-    let mut tell = theirs.try_clone().context("cannot duplicate a pipe")?;
-    let arena = arena.try_clone().context("cannot duplicate the arena's descriptor")?;
-    let mut keep = shared.descriptors().to_vec();
-    keep.extend([arena.as_raw_fd(), theirs.as_raw_fd(), tell.as_raw_fd()]);
-    keep.extend(feed.into_iter().flat_map(Source::descriptors));
-    let setup = Setup { add, arena, shared: shared.clone(), feed, pipe: theirs, device };
-    let pid = child(c"gs-worker", keep, || {
-        let done = worker::run(setup);
-        if let Err(e) = &done {
-            daemon::tell_error(&mut tell, e);
-        }
-        done
-    })?;
-    Ok(Worker::new(pid, ours))
-}
-
-/// Forks a child that does `work` with these descriptors and ends.
-fn child(name: &std::ffi::CStr, keep: Vec<RawFd>, work: impl FnOnce() -> Result<()>) -> Result<libc::pid_t> {
-    let pid = fork()?;
-    if pid == 0 {
-        protect::name(name);
-        close_others(keep);
-        std::process::exit(i32::from(work().is_err()));
-    }
-    Ok(pid)
-}
-
-/// Closes what a child has of its supervisor's: pipes of other workers must end with the supervisor,
-/// and the command waits for the end of its own. The child leaves by `exit`, so nothing that still
-/// owns one of these numbers is dropped.
-fn close_others(mut keep: Vec<RawFd>) {
-    keep.sort_unstable();
-    let mut first = 3;
-    for fd in keep {
-        if fd > first {
-            close_range(first, fd - 1);
-        }
-        first = fd + 1;
-    }
-    close_range(first, RawFd::MAX);
-}
-
-fn close_range(first: RawFd, last: RawFd) {
-    // SAFETY: takes no pointers; see the caller for who owned the descriptors.
-    unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
-}
-
-fn kill(pid: libc::pid_t, signal: libc::c_int) {
-    // SAFETY: a child of ours that has not been waited for.
-    unsafe { libc::kill(pid, signal) };
-}
-
-/// A child that ended, and its wait status.
-fn reap() -> Option<(libc::pid_t, i32)> {
-    let mut status = 0;
-    // SAFETY: the status is live; no option blocks.
-    let pid = unsafe { libc::waitpid(-1, &mut status, libc::WNOHANG) };
-    (pid > 0).then_some((pid, status))
-}
-
-fn describe(status: i32) -> String {
-    match libc::WIFSIGNALED(status) {
-        true => format!("was killed by signal {}", libc::WTERMSIG(status)),
-        false => format!("ended with status {}", libc::WEXITSTATUS(status)),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -626,20 +498,5 @@ mod tests {
             assert!(supervisor.recoverable);
             assert_eq!(supervisor.device, Some((3, "/dev/ublkb3".into())));
         });
-    }
-
-    #[test]
-    fn a_queue_that_stops_is_noticed_and_one_that_goes_on_is_not() {
-        let shared = Shared::new().unwrap();
-        let mut pulse = Pulse::new();
-        shared.board.queues.store(2, Ordering::Relaxed);
-        std::thread::sleep(Duration::from_millis(20));
-        shared.board.beats[0].fetch_add(1, Ordering::Relaxed);
-        assert!(pulse.quiet_for(&shared) >= Duration::from_millis(20), "queue 1 has not moved");
-        shared.board.beats[1].fetch_add(1, Ordering::Relaxed);
-        assert!(pulse.quiet_for(&shared) < Duration::from_millis(20));
-        std::thread::sleep(Duration::from_millis(20));
-        pulse.restart();
-        assert!(pulse.quiet_for(&shared) < Duration::from_millis(20), "a new worker has its time");
     }
 }

@@ -1,0 +1,123 @@
+//! The supervisor's children: how they are forked, told, killed and seen to end.
+
+#![allow(unsafe_code)] // waitpid, kill, close_range.
+
+use crate::board::Shared;
+use crate::cli::Add;
+use crate::daemon::{self, fork};
+use crate::protect;
+use crate::slotfree::Source;
+use crate::worker::{self, Setup};
+use anyhow::{Context, Result};
+use std::io::{BufReader, Write};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// A worker, seen from its supervisor.
+pub struct Worker {
+    /// Its process.
+    pub pid: libc::pid_t,
+    /// Orders down, news up.
+    pub pipe: BufReader<UnixStream>,
+    /// Since when it is what it is.
+    pub since: Instant,
+    /// It stands by and waits for nothing but its order.
+    pub ready: bool,
+}
+
+/// How many can take over at once.
+pub fn ready_count(standbys: &[Worker]) -> usize {
+    standbys.iter().filter(|s| s.ready).count()
+}
+
+impl Worker {
+    /// Of a process that runs already.
+    pub fn new(pid: libc::pid_t, pipe: UnixStream) -> Worker {
+        Worker { pid, pipe: BufReader::with_capacity(512, pipe), since: Instant::now(), ready: false }
+    }
+
+    /// Tells it.
+    pub fn order(&mut self, line: &str) -> std::io::Result<()> {
+        self.pipe.get_mut().write_all(format!("{line}\n").as_bytes())
+    }
+}
+
+/// Forks a worker that stands by.
+pub fn start(
+    add: &Add,
+    arena: &OwnedFd,
+    shared: &Arc<Shared>,
+    feed: Option<&Source>,
+    device: Option<u32>,
+) -> Result<Worker> {
+    let (ours, theirs) = UnixStream::pair().context("cannot make a socket pair")?;
+    let mut tell = theirs.try_clone().context("cannot duplicate a pipe")?;
+    let arena = arena.try_clone().context("cannot duplicate the arena's descriptor")?;
+    let mut keep = shared.descriptors().to_vec();
+    keep.extend([arena.as_raw_fd(), theirs.as_raw_fd(), tell.as_raw_fd()]);
+    keep.extend(feed.into_iter().flat_map(Source::descriptors));
+    let setup = Setup { add, arena, shared: shared.clone(), feed, pipe: theirs, device };
+    let pid = child(c"gs-worker", keep, || {
+        let done = worker::run(setup);
+        if let Err(e) = &done {
+            daemon::tell_error(&mut tell, e);
+        }
+        done
+    })?;
+    Ok(Worker::new(pid, ours))
+}
+
+/// Forks a child that does `work` with these descriptors and ends.
+pub fn child(name: &std::ffi::CStr, keep: Vec<RawFd>, work: impl FnOnce() -> Result<()>) -> Result<libc::pid_t> {
+    let pid = fork()?;
+    if pid == 0 {
+        protect::name(name);
+        close_others(keep);
+        std::process::exit(i32::from(work().is_err()));
+    }
+    Ok(pid)
+}
+
+/// Closes what a child has of its supervisor's: pipes of other workers must end with the supervisor,
+/// and the command waits for the end of its own. The child leaves by `exit`, so nothing that still
+/// owns one of these numbers is dropped.
+fn close_others(mut keep: Vec<RawFd>) {
+    keep.sort_unstable();
+    let mut first = 3;
+    for fd in keep {
+        if fd > first {
+            close_range(first, fd - 1);
+        }
+        first = fd + 1;
+    }
+    close_range(first, RawFd::MAX);
+}
+
+fn close_range(first: RawFd, last: RawFd) {
+    // SAFETY: takes no pointers; see the caller for who owned the descriptors.
+    unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
+}
+
+/// Sends a child a signal.
+pub fn kill(pid: libc::pid_t, signal: libc::c_int) {
+    // SAFETY: a child of ours that has not been waited for.
+    unsafe { libc::kill(pid, signal) };
+}
+
+/// A child that ended, and its wait status.
+pub fn reap() -> Option<(libc::pid_t, i32)> {
+    let mut status = 0;
+    // SAFETY: the status is live; no option blocks.
+    let pid = unsafe { libc::waitpid(-1, &mut status, libc::WNOHANG) };
+    (pid > 0).then_some((pid, status))
+}
+
+/// How a child ended, for people.
+pub fn describe(status: i32) -> String {
+    match libc::WIFSIGNALED(status) {
+        true => format!("was killed by signal {}", libc::WTERMSIG(status)),
+        false => format!("ended with status {}", libc::WEXITSTATUS(status)),
+    }
+}
