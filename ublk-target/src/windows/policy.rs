@@ -22,8 +22,8 @@ const MOST_FIRST: u64 = 2 << (30 - 12);
 const MOST: u64 = (1 << 32) - CLUSTER;
 /// Seconds of swap-out that free space is to last for.
 const HORIZON: f64 = 2.0;
-/// In how many seconds a rate seen once is half forgotten.
-const HALF_LIFE: f64 = 2.0;
+/// In how many seconds a rate seen once is forgotten to a third.
+const FORGOTTEN_IN: f64 = 3.0;
 /// How long it must have been calm before an empty, a nearly empty, any other window is closed.
 const EMPTY_AFTER: Duration = Duration::from_secs(5);
 const NEARLY_AFTER: Duration = Duration::from_secs(10);
@@ -138,7 +138,8 @@ impl Policy {
         let seconds = (v.now - then).as_secs_f64();
         let more: u64 = used.saturating_sub(before);
         if seconds > 0.0 {
-            self.rate = (more as f64 / seconds).max(self.rate * 0.5f64.powf(seconds / HALF_LIFE));
+            // Nearly exponential for short times, without a mathematical library: all workers have it in memory.
+            self.rate = (more as f64 / seconds).max(self.rate / (1.0 + seconds / FORGOTTEN_IN));
         }
         let calm = self.rate < (first(v.ram) / 256) as f64;
         self.calm_since = if calm { self.calm_since.or(Some(v.now)) } else { None };
