@@ -70,7 +70,7 @@ ghostswap-ublk status | grep slot-free
 look
 case $status in *'"mode":"discard"'*) ;; *) wrong "not on discards" ;; esac
 umount /sys/kernel/btf/vmlinux
-swapoff "$dev"
+ghostswap-ublk swapoff 0
 ghostswap-ublk del 0
 if dmesg | grep -E 'Write-error|Read-error|I/O error|Out of memory|page allocation stall|blocked for more|BUG|WARNING'; then rc=1; fi
 exit $rc
