@@ -38,7 +38,7 @@ const BTF_PATH: &str = "/sys/kernel/btf/vmlinux";
 /// Where it has the number of its event source for kprobes.
 pub const KPROBE_TYPE: &str = "/sys/bus/event_source/devices/kprobe/type";
 /// The ring: 21,845 records, what a process of 85 MiB in single pages leaves behind at once.
-const RING_BYTES: usize = 512 << 10;
+const RING_BYTES: usize = 256 << 10;
 const PAGE: usize = 4096;
 
 /// What `--slot-free` asks for.
