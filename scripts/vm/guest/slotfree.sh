@@ -37,7 +37,7 @@ case $status in *"\"slot_free\":{\"events\":"*"\"mode\":\"$mode\""*) ;; *) echo 
 
 # --- a hog that fills and exits
 : > /tmp/hog.out
-ghostswap-hog --mib "$hog" --threads 2 --touches 0 --thp "$thp" --hold > /tmp/hog.out 2>&1 &
+ghostswap-hog --mib "$hog" --touches 0 --thp "$thp" --hold > /tmp/hog.out 2>&1 &
 hogpid=$!
 while kill -0 $hogpid 2> /dev/null && ! grep -q errors /tmp/hog.out; do sleep 0.2; done
 dead
