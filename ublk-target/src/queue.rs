@@ -37,7 +37,7 @@ use std::time::{Duration, Instant};
 
 mod feed;
 
-use feed::{Watch, GATHERED, TOLD};
+use feed::{Owed, Watch, GATHERED, TOLD};
 
 /// Bytes moved between the kernel and the store at a time.
 pub const SLICE_BYTES: usize = 64 << 10;
@@ -133,6 +133,7 @@ struct Server<'a> {
     beat: &'a AtomicU64,
     feed: Option<Arc<Feed>>,
     watch: Watch,
+    owed: Owed,
     /// Since when the first write has made no progress.
     stuck_since: Option<Instant>,
     last_refusal: Option<Instant>,
@@ -229,6 +230,7 @@ fn serve(
         counters: &board.counters,
         beat: &board.beats[usize::from(qid)],
         watch: if qid == 0 && feed.is_some() { Watch::Idle } else { Watch::Never },
+        owed: Owed::Nothing,
         feed,
         stuck_since: None,
         last_refusal: None,
@@ -282,7 +284,7 @@ impl Server<'_> {
             }
             let answered = self.answered;
             next = self.work_on_writes(queue);
-            if self.watch == Watch::Due && next != Next::Poll {
+            if self.owed == Owed::Now && next != Next::Poll {
                 // Answers to reads go out first.
                 next = if answered { Next::Poll } else { self.work_on_feed(next) };
             }
@@ -305,11 +307,14 @@ impl Server<'_> {
             }
             TOLD => {
                 // Where the ring cannot be waited on, writes and beats drain it.
-                self.watch = if result > 0 { self.gather() } else { Watch::Never };
+                self.watch = if result > 0 { Watch::Told } else { Watch::Never };
+                if self.owed == Owed::Nothing && result > 0 {
+                    self.owed = self.gather();
+                }
                 return;
             }
             GATHERED => {
-                self.watch = Watch::Due;
+                self.owed = Owed::Now;
                 return;
             }
             _ => {}

@@ -106,5 +106,5 @@ ghostswap-ublk del 0
 sleep 1
 ! pidof ghostswap-ublk gs-worker gs-agent || { echo "processes are left behind"; rc=1; }
 if dmesg | grep -E 'Write-error|Read-error|I/O error|Out of memory|page allocation stall|blocked for more|BUG|WARNING'; then rc=1; fi
-[ $rc = 0 ] || cat /run/ghostswap/ublk0.log
+[ $rc = 0 ] || { cat /run/ghostswap/ublk0.log; dmesg | grep -A 70 'invoked oom-killer' | head -n 100; }
 exit $rc

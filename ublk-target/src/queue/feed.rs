@@ -18,26 +18,38 @@ static GATHER: types::Timespec = types::Timespec::new().nsec(2_000_000);
 /// Freed pages dropped at a time; reads come in between.
 const DROP_PAGES: u64 = 512;
 
-/// What queue 0 waits for at the feed.
+/// Whether a queue waits on the ring; one does.
 #[derive(Clone, Copy, PartialEq)]
 pub enum Watch {
-    /// For nothing yet: it is to wait for the next word.
+    /// Not yet: it is to.
     Idle,
-    /// For a word.
+    /// It does.
+    Waiting,
+    /// A word came: it does again once all is drained.
     Told,
-    /// For the time to pass.
-    Gathered,
-    /// It is to drain.
-    Due,
-    /// Another queue does all that, or there is no feed.
+    /// Another queue does, or there is no feed.
     Never,
+}
+
+/// What a queue has undertaken to drain. Any may: who drains in part must see to the rest, since the
+/// kernel wakes nobody for it.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Owed {
+    Nothing,
+    /// In a moment, when more has come.
+    Soon,
+    Now,
 }
 
 impl Server<'_> {
     /// Drops some of what was told, if nobody else does.
     pub(super) fn drop_some(&mut self) -> Drained {
         let (Some(feed), lane) = (&self.feed, &mut self.lane) else { return Drained::All };
-        feed.drain(DROP_PAGES, |freed| drop_freed(lane, freed))
+        let ended = feed.drain(DROP_PAGES, |freed| drop_freed(lane, freed));
+        if self.owed == Owed::Nothing && matches!(ended, Drained::More | Drained::Busy) {
+            self.owed = Owed::Now;
+        }
+        ended
     }
 
     /// Whether a write must wait until older freed slots were dropped, and what to do meanwhile.
@@ -53,12 +65,17 @@ impl Server<'_> {
         }
     }
 
-    /// Drops what was told of while nothing was written.
+    /// Drops what this queue has undertaken to.
     pub(super) fn work_on_feed(&mut self, next: Next) -> Next {
         match self.drop_some() {
             Drained::More => return Next::Poll,
-            Drained::All => self.watch = Watch::Idle,
-            Drained::Busy | Drained::Elsewhere => self.watch = self.gather(),
+            Drained::All => {
+                self.owed = Owed::Nothing;
+                if self.watch == Watch::Told {
+                    self.watch = Watch::Idle;
+                }
+            }
+            Drained::Busy | Drained::Elsewhere => self.owed = self.gather(),
         }
         next
     }
@@ -70,19 +87,19 @@ impl Server<'_> {
         // SAFETY: the descriptor is open as long as the process lives.
         let pushed = with_task_io_ring_mut(|ring| unsafe { ring.submission().push(&poll) }.is_ok());
         if pushed {
-            self.watch = Watch::Told;
+            self.watch = Watch::Waiting;
         }
     }
 
     /// Starts the time to gather in; without room for it there is none.
-    pub(super) fn gather(&self) -> Watch {
+    pub(super) fn gather(&self) -> Owed {
         let timer = opcode::Timeout::new(&GATHER).build().user_data(GATHERED);
         // SAFETY: the time is a static.
         let pushed = with_task_io_ring_mut(|ring| unsafe { ring.submission().push(&timer) }.is_ok());
         if pushed {
-            Watch::Gathered
+            Owed::Soon
         } else {
-            Watch::Due
+            Owed::Now
         }
     }
 }

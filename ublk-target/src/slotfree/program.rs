@@ -7,7 +7,7 @@
 //! no device yet, the area is no block device, or its partition begins inside a page: done
 //! the area's disk is not ours (major, first minor): done
 //! page = (first sector of area's device) / 8 + slot
-//! put { page, number of slots } into the ring; no room: count it
+//! put page | number of slots << 40 into the ring; no room: count it
 //! ```
 //!
 //! On `fentry` members are loaded directly, and the kernel's verifier checks each load against its
@@ -27,8 +27,11 @@ pub struct Settings {
     pub lost: u64,
 }
 
-/// What it puts into the ring: two words.
-pub const RECORD_BYTES: usize = 16;
+/// What it puts into the ring: one word. With the ring's own word a record has 16 bytes.
+pub const RECORD_BYTES: usize = 8;
+
+/// Bits of a record that are the page: 4 PiB of device. The rest is the count, of at most a cluster's slots.
+pub const PAGE_BITS: u32 = 40;
 
 /// What a parameter tells.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -175,9 +178,8 @@ const FRAME: Reg = 10;
 
 /// What the stack frame holds, below its end.
 const FETCHED: i16 = -8;
-const COUNT: i16 = -16;
-const PAGE: i16 = -24;
-const MAJOR: i16 = -32;
+const PAGE: i16 = -16;
+const MAJOR: i16 = -24;
 
 const PROBE_READ_KERNEL: i32 = 113;
 const RINGBUF_OUTPUT: i32 = 130;
@@ -228,11 +230,11 @@ pub fn assemble(target: &Target, hook: Hook, ring: i32, settings: i32) -> Result
     code.belongs_to_us(target);
     code.slot(target, at)?;
     code.put(LOAD_8, R1, FRAME, PAGE, 0);
-    code.put(ADD, R0, R1, 0, 0);
-    code.put(STORE_8, FRAME, R0, PAGE, 0);
+    code.put(ADD, R1, R0, 0, 0);
     code.argument(R0, at(Role::Count).context("no count")?);
-    code.put(MOVE_LOW_HALF, R0, R0, 0, 0);
-    code.put(STORE_8, FRAME, R0, COUNT, 0);
+    code.put(SHIFT_LEFT, R0, 0, 0, PAGE_BITS as i32);
+    code.put(OR, R0, R1, 0, 0);
+    code.put(STORE_8, FRAME, R0, PAGE, 0);
     code.immediate(R1, PSEUDO_MAP, ring as u64);
     code.put(MOVE, R2, FRAME, 0, 0);
     code.put(ADD_VALUE, R2, 0, 0, PAGE.into());

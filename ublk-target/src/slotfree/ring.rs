@@ -7,7 +7,7 @@
 //! kernel's memory, so it outlives whoever drains.
 //!
 //! ```text
-//! record   | length:30 discarded:1 busy:1 | page offset:32 | page: 64 | number of pages: 64 |
+//! record   | length:30 discarded:1 busy:1 | page offset:32 | page: 40, number of pages: 24 |
 //! ```
 //!
 //! # The order
@@ -28,8 +28,17 @@
 //!
 //! One thread drains at a time, behind a flag in this process that dies with it. Nobody waits for the
 //! flag: who finds it taken does something else.
+//!
+//! # Who is woken
+//!
+//! The kernel wakes those who poll the ring only for a record that lies at the consumer's position when
+//! it is completed. So what came while a thread drained wakes nobody, and the thread that drained owes it
+//! the next look: after it moved the position on it reads the producer's once more, with a fence in
+//! between (the kernel has one between completing a record and reading our position), and says
+//! [`Drained::All`] only if nothing was added. On any other answer it must drain again.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use super::program::PAGE_BITS;
+use std::sync::atomic::{fence, AtomicBool, AtomicU64, Ordering};
 
 /// The word before a record's content, and its two marks.
 const HEADER_BYTES: u64 = 8;
@@ -100,14 +109,21 @@ impl<'a> Ring<'a> {
         if self.draining.swap(true, Ordering::Acquire) {
             return (Drained::Elsewhere, tally);
         }
-        let begin = self.consumer.load(Ordering::Relaxed);
-        let mut at = begin;
+        let mut moved_to = self.consumer.load(Ordering::Relaxed);
+        let mut at = moved_to;
         let ended = loop {
             let end = self.producer.load(Ordering::Acquire);
             // More than there is room for is not a position: nothing is to be read there.
             if at == end || end.wrapping_sub(at) > self.bytes() {
                 at = end;
-                break Drained::All;
+                if at == moved_to {
+                    break Drained::All;
+                }
+                self.consumer.store(at, Ordering::Release);
+                moved_to = at;
+                // See "Who is woken".
+                fence(Ordering::SeqCst);
+                continue;
             }
             if tally.pages >= budget {
                 break Drained::More;
@@ -117,16 +133,16 @@ impl<'a> Ring<'a> {
                 break Drained::Busy;
             }
             let len = u64::from(mark & !DISCARDED);
-            if mark & DISCARDED == 0 && len >= 2 * WORD {
-                let word = |n| self.word(at + HEADER_BYTES + n * WORD, Ordering::Relaxed);
-                let freed = Freed { page: word(0), count: word(1) };
+            if mark & DISCARDED == 0 && len >= WORD {
+                let word = self.word(at + HEADER_BYTES, Ordering::Relaxed);
+                let freed = Freed { page: word & ((1 << PAGE_BITS) - 1), count: word >> PAGE_BITS };
                 apply(freed);
                 tally.events += 1;
                 tally.pages = tally.pages.saturating_add(freed.count);
             }
             at += (HEADER_BYTES + len).next_multiple_of(WORD);
         };
-        if at != begin {
+        if at != moved_to {
             self.consumer.store(at, Ordering::Release);
         }
         self.draining.store(false, Ordering::Release);

@@ -29,18 +29,17 @@ impl Kernel {
     fn reserve(&self, freed: Freed) -> Option<u64> {
         let at = self.producer.load(Ordering::Relaxed);
         let room = self.data.len() as u64 * WORD - (at - self.consumer.load(Ordering::Acquire));
-        if room < 24 {
+        if room < 16 {
             return None;
         }
-        self.put(at, 16 | u64::from(BUSY));
-        self.producer.store(at + 24, Ordering::Release);
-        self.put(at + 8, freed.page);
-        self.put(at + 16, freed.count);
+        self.put(at, 8 | u64::from(BUSY));
+        self.producer.store(at + 16, Ordering::Release);
+        self.put(at + 8, freed.page | freed.count << PAGE_BITS);
         Some(at)
     }
 
     fn submit(&self, at: u64) {
-        self.put(at, 16);
+        self.put(at, 8);
     }
 
     fn tell(&self, page: u64, count: u64) -> bool {
@@ -64,8 +63,8 @@ fn records_come_in_order_however_often_the_ring_wraps() {
         assert!(kernel.tell(2 * n, 1) && kernel.tell(2 * n + 1, 1));
         assert_eq!(drained(&ring, 9), (Drained::All, vec![2 * n, 2 * n + 1]));
     }
-    assert!((0..5).all(|n| kernel.tell(n, 1)) && !kernel.tell(5, 1), "128 bytes take five records of 24");
-    assert_eq!(drained(&ring, 9).1, [0, 1, 2, 3, 4]);
+    assert!((0..8).all(|n| kernel.tell(n, 1)) && !kernel.tell(8, 1), "128 bytes take eight records of 16");
+    assert_eq!(drained(&ring, 9).1, [0, 1, 2, 3, 4, 5, 6, 7]);
 }
 
 #[test]
@@ -89,9 +88,9 @@ fn discarded_and_short_records_are_passed_over() {
     let kernel = Kernel::new(16);
     let ring = kernel.ring();
     let at = kernel.reserve(Freed { page: 1, count: 1 }).unwrap();
-    kernel.put(at, 16 | u64::from(DISCARDED));
-    kernel.put(24, 4);
-    kernel.producer.store(24 + 16, Ordering::Release);
+    kernel.put(at, 8 | u64::from(DISCARDED));
+    kernel.put(16, 4);
+    kernel.producer.store(16 + 16, Ordering::Release);
     kernel.tell(3, 1);
     assert_eq!(drained(&ring, 9), (Drained::All, vec![3]));
 }
@@ -116,8 +115,8 @@ fn positions_that_cannot_be_are_not_followed() {
     kernel.producer.store(1 << 40, Ordering::Release);
     assert_eq!(drained(&ring, 9), (Drained::All, vec![]));
     assert!(ring.passed(ring.gate()));
-    kernel.tell(7, u64::MAX);
-    kernel.tell(8, u64::MAX);
+    kernel.tell(7, (1 << 24) - 1);
+    kernel.tell(8, (1 << 24) - 1);
     assert_eq!(drained(&ring, 9).1, [7]);
     assert_eq!(drained(&ring, 9).1, [8]);
 }
