@@ -37,7 +37,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 const BTF_PATH: &str = "/sys/kernel/btf/vmlinux";
 /// Where it has the number of its event source for kprobes.
 pub const KPROBE_TYPE: &str = "/sys/bus/event_source/devices/kprobe/type";
-/// The ring: 21,845 records, what a process of 85 MiB in single pages leaves behind at once.
+/// The ring: 16,384 records, what a process of 64 MiB in single pages leaves behind at once.
 const RING_BYTES: usize = 256 << 10;
 const PAGE: usize = 4096;
 
