@@ -224,6 +224,42 @@ impl Raw {
         self.take(10);
     }
 
+    /// Into transmission with structured replies and both contexts.
+    fn enter_structured(&mut self, export: &[u8]) {
+        self.take(18);
+        let name = [&(export.len() as u32).to_be_bytes(), export].concat();
+        let contexts = b"\0\0\0\x02\0\0\0\x0fbase:allocation\0\0\0\x0eghostswap:kind";
+        self.send(&[&3u32.to_be_bytes()]);
+        for (option, data) in
+            [(8u32, vec![]), (10, [&name, &contexts[..]].concat()), (7, [&name, &[0; 2][..]].concat())]
+        {
+            self.send(&[b"IHAVEOPT", &option.to_be_bytes(), &(data.len() as u32).to_be_bytes(), &data]);
+            loop {
+                let reply = self.take(20);
+                self.take(u32::from_be_bytes([reply[16], reply[17], reply[18], reply[19]]) as usize);
+                assert_eq!(reply[12] & 0x80, 0, "option {option} was refused");
+                if reply[12..16] == 1u32.to_be_bytes() {
+                    break;
+                }
+            }
+        }
+    }
+
+    /// The chunks of the next structured reply: kind and content.
+    fn chunks(&mut self) -> Vec<(u16, Vec<u8>)> {
+        let mut chunks = Vec::new();
+        loop {
+            let head = self.take(20);
+            assert_eq!(head[..4], 0x668e_33efu32.to_be_bytes());
+            assert_eq!(head[8..16], 0x1122_3344_5566_7788u64.to_be_bytes());
+            let data = self.take(u32::from_be_bytes([head[16], head[17], head[18], head[19]]) as usize);
+            chunks.push((u16::from_be_bytes([head[6], head[7]]), data));
+            if head[5] == 1 {
+                return chunks;
+            }
+        }
+    }
+
     fn request(&mut self, flags: u16, command: u16, offset: u64, len: u32, data: &[u8]) {
         let cookie = 0x1122_3344_5566_7788u64.to_be_bytes();
         self.send(&[
@@ -247,6 +283,97 @@ impl Raw {
 }
 
 #[test]
+fn clients_see_what_lies_where() {
+    let server = Server::start("map", &["--export", "a", "--export", "old,size=1M,ro"]);
+    let uri = server.uri("a");
+    let write = ["write -P 7 1M 64k", "write -z 2M 64k", "discard 2M 32k", "write -P 9 15T 4k"];
+    qemu_io(&uri, &write);
+    let map = |context: &str| run(Command::new("nbdinfo").args([&format!("--map={context}"), &uri]));
+    let rows = |text: &str| -> Vec<Vec<String>> {
+        text.lines().map(|line| line.split_whitespace().take(3).map(str::to_owned).collect()).collect()
+    };
+    let (m, t) = (1u64 << 20, 1u64 << 40);
+    let expected = |wanted: &[(u64, u64, u32)]| -> Vec<Vec<String>> {
+        wanted.iter().map(|(at, len, what)| vec![at.to_string(), len.to_string(), what.to_string()]).collect()
+    };
+    let tail = (15 * t + 4096, t - 4096);
+    let from = m + (64 << 10);
+    // A page of one byte is filled; zeros that were written are dropped pages.
+    let wanted = [(0, m, 3), (m, 64 << 10, 0), (from, 15 * t - from, 3), (15 * t, 4096, 0), (tail.0, tail.1, 3)];
+    assert_eq!(rows(&map("base:allocation")), expected(&wanted));
+    let wanted = wanted.map(|(at, len, what)| (at, len, if what == 3 { 0 } else { 2 }));
+    assert_eq!(rows(&map("ghostswap:kind")), expected(&wanted));
+    let text = run(Command::new("nbdinfo").arg(&uri));
+    for expected in ["base:allocation", "ghostswap:kind", "can_df: true", "can_cache: true", "can_fast_zero: true"] {
+        assert!(text.contains(expected), "no '{expected}' in\n{text}");
+    }
+    let text = run(Command::new("qemu-img").args(["map", "--output=json", "-f", "raw", &uri]));
+    assert_eq!(text.matches("\"zero\": true").count(), 3, "{text}");
+    assert_eq!(text.matches("\"data\": true").count(), 2, "{text}");
+    let text = run(Command::new("nbdinfo").arg(server.uri("old")));
+    assert!(text.contains("is_read_only: true") && text.contains("can_trim: false"), "{text}");
+    let mut client = server.connect();
+    client.enter(b"old");
+    for (command, data) in [(1, &[1; 4096][..]), (4, b""), (6, b"")] {
+        client.request(0, command, 0, 4096, data);
+        assert_eq!(client.errno(), 1, "command {command}");
+    }
+    server.end();
+}
+
+#[test]
+fn structured_replies_are_whole_and_bounded() {
+    let server = Server::start("chunks", &["--export", "a,size=64M"]);
+    let uri = server.uri("a");
+    qemu_io(&uri, &["write -P 7 0 256k", "write -P 8 512k 4k"]);
+    let mut client = server.connect();
+    client.enter_structured(b"a");
+    // Data, zeros that nothing is stored of, data: each in its chunk, with its place.
+    client.request(0, 0, 0, 768 << 10, b"");
+    let chunks = client.chunks();
+    assert_eq!(
+        chunks.iter().map(|(kind, data)| (*kind, data.len())).collect::<Vec<_>>(),
+        [(1, 8 + (256 << 10)), (2, 12), (1, 8 + (256 << 10))]
+    );
+    assert!(chunks[0].1[8..].iter().all(|byte| *byte == 7));
+    assert_eq!(chunks[1].1, [(256u64 << 10).to_be_bytes().as_slice(), &(256u32 << 10).to_be_bytes()].concat());
+    assert_eq!(chunks[2].1[..8], (512u64 << 10).to_be_bytes());
+    assert!(chunks[2].1[8..8 + 4096].iter().all(|byte| *byte == 8));
+    // DF: one chunk, or none at all.
+    client.request(4, 0, 0, 256 << 10, b"");
+    assert_eq!(client.chunks().len(), 1);
+    client.request(4, 0, 0, 512 << 10, b"");
+    assert_eq!(client.chunks(), [(0x8001, [75u32.to_be_bytes().as_slice(), &[0; 2]].concat())]);
+    // Errors of READ and BLOCK_STATUS come in chunks, those of others do not.
+    for (flags, command, offset, len) in
+        [(0, 0, 1, 512), (0, 0, 64 << 20, 512), (0, 7, 0, 0), (0, 7, 1, 512), (2, 7, 0, 512)]
+    {
+        client.request(flags, command, offset, len, b"");
+        let chunks = client.chunks();
+        assert_eq!((chunks.len(), chunks[0].0 >> 15, &chunks[0].1[..4]), (1, 1, &22u32.to_be_bytes()[..]));
+    }
+    client.request(0, 4, 64 << 20, 512, b"");
+    assert_eq!(client.errno(), 22);
+    // One extent where one is asked for, of each context; a bounded number where all could differ.
+    client.request(8, 7, 0, 1 << 20, b"");
+    let extent = |context: u32, len: u32, status: u32| {
+        (5, [context, len, status].into_iter().flat_map(u32::to_be_bytes).collect::<Vec<_>>())
+    };
+    assert_eq!(client.chunks(), [extent(1, 256 << 10, 0), extent(2, 256 << 10, 2)]);
+    for page in (0..8192u64).step_by(2) {
+        client.request(0, 1, page * 4096, 4096, &[page as u8 | 1; 4096]);
+        assert_eq!(client.errno(), 0);
+        client.request(0, 4, (page + 1) * 4096, 4096, b"");
+        assert_eq!(client.errno(), 0);
+    }
+    client.request(0, 7, 0, 64 << 20, b"");
+    let chunks = client.chunks();
+    assert_eq!(chunks.iter().map(|(kind, data)| (*kind, data.len())).collect::<Vec<_>>(), [(5, 4 + 2048 * 8); 2]);
+    assert!(chunks[0].1[4..].chunks(8).all(|extent| extent[..4] == 4096u32.to_be_bytes()));
+    server.end();
+}
+
+#[test]
 fn a_rude_client_hurts_only_itself() {
     let server = Server::start("rude", &["--export", "a,size=1M", "--max-lanes", "8"]);
     let huge = [&3u32.to_be_bytes()[..], b"IHAVEOPT", &7u32.to_be_bytes(), &u32::MAX.to_be_bytes()].concat();
@@ -265,8 +392,11 @@ fn a_rude_client_hurts_only_itself() {
         (6, b"", 3),
         (6, b"\0\0\0\x04none\0\0", 6),
         (3, b"x", 3),
-        (8, b"", 1),
+        (8, b"x", 3),
+        (9, b"", 3),
+        (10, b"\0\0\0\x01a\0\0\0\0", 3),
         (5, b"", 1),
+        (11, b"", 1),
         (99, &[7; 60000], 1),
         (7, &[0; 60000], 9),
     ] {
@@ -291,6 +421,12 @@ fn a_rude_client_hurts_only_itself() {
         (0, 6, u64::MAX, u32::MAX, b"", 28),
         (0x8000, 3, 0, 0, b"", 22),
         (0, 77, 0, 0, b"", 22),
+        (4, 0, 0, 512, b"", 22),
+        (0, 7, 0, 4096, b"", 22),
+        (0, 5, 1 << 20, 512, b"", 22),
+        (0, 5, 0, 1 << 20, b"", 0),
+        (16, 6, 0, 512, b"", 0),
+        (16, 4, 0, 512, b"", 22),
         (0, 3, 0, 0, b"", 0),
         (1, 1, 4096, 4096, &[9; 4096], 0),
         (0, 1, 0, 0, b"", 0),
