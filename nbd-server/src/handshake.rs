@@ -1,10 +1,10 @@
 //! Newstyle negotiation: from the first byte to the export that the client goes to.
 //!
-//! What a client may send here is bounded in size, number and time. TLS and extended headers are
-//! answered as unsupported.
+//! What a client may send here is bounded in size, number and time. TLS is answered as
+//! unsupported.
 
 use crate::export::{Export, Exports};
-use crate::proto::{self, info, option, reply, transmission_flags, Context};
+use crate::proto::{self, info, option, reply, transmission_flags, Context, Form};
 use crate::wire::Wire;
 use ghostswap::Lane;
 use std::io::{Error, ErrorKind, Result};
@@ -20,8 +20,7 @@ const MAX_OPTION_BYTES: usize = 64 << 10;
 pub struct Chosen<'a> {
     pub export: &'a Export,
     pub lane: Lane,
-    /// Replies to READ and BLOCK_STATUS are structured.
-    pub structured: bool,
+    pub form: Form,
     /// What BLOCK_STATUS tells: of [`Context::ALL`].
     pub contexts: [bool; 2],
 }
@@ -29,7 +28,7 @@ pub struct Chosen<'a> {
 /// What was agreed on before the export is chosen.
 #[derive(Default)]
 struct Agreed<'a> {
-    structured: bool,
+    form: Form,
     /// Contexts hold for the export that they were set for.
     contexts: Option<(&'a Export, [bool; 2])>,
 }
@@ -37,11 +36,11 @@ struct Agreed<'a> {
 impl<'a> Agreed<'a> {
     fn choose(&self, export: &'a Export, lane: Lane) -> Box<Chosen<'a>> {
         let own = self.contexts.filter(|(of, _)| std::ptr::eq(*of, export));
-        Box::new(Chosen { export, lane, structured: self.structured, contexts: own.map_or([false; 2], |(_, c)| c) })
+        Box::new(Chosen { export, lane, form: self.form, contexts: own.map_or([false; 2], |(_, c)| c) })
     }
 
     fn flags(&self, export: &Export) -> u16 {
-        transmission_flags(export.read_only, self.structured)
+        transmission_flags(export.read_only, self.form)
     }
 }
 
@@ -90,6 +89,8 @@ fn answer_option<'a>(wire: &mut Wire, exports: &'a Exports, agreed: &mut Agreed<
         return Err(rude("an option too large"));
     }
     match option {
+        // It could not tell that extended headers hold ("Extended headers" in the protocol).
+        option::EXPORT_NAME if agreed.form == Form::Extended => Err(rude("EXPORT_NAME after EXTENDED_HEADERS")),
         option::EXPORT_NAME => go_by_name(wire, exports, agreed, len, pad),
         option::ABORT => {
             wire.skip(len)?;
@@ -111,12 +112,16 @@ fn answer_option<'a>(wire: &mut Wire, exports: &'a Exports, agreed: &mut Agreed<
             Ok(Answer::Next)
         }
         option::INFO | option::GO => info_or_go(wire, exports, agreed, option, len),
-        option::STRUCTURED_REPLY => {
+        option::STRUCTURED_REPLY | option::EXTENDED_HEADERS => {
             wire.skip(len)?;
             if len != 0 {
-                return refuse(wire, option, reply::ERR_INVALID, "STRUCTURED_REPLY takes no data");
+                return refuse(wire, option, reply::ERR_INVALID, "it takes no data");
             }
-            agreed.structured = true;
+            agreed.form = match (option, agreed.form) {
+                (option::EXTENDED_HEADERS, _) => Form::Extended,
+                (_, Form::Extended) => return refuse(wire, option, reply::ERR_EXT_HEADER_REQD, "extended already"),
+                _ => Form::Structured,
+            };
             answer(wire, option, reply::ACK, &[])?;
             Ok(Answer::Next)
         }
@@ -200,7 +205,7 @@ fn contexts<'a>(
         agreed.contexts = None;
     }
     let parsed = proto::parse_contexts(wire.take(len)?, !setting);
-    let Some((name, meant)) = parsed.filter(|_| agreed.structured) else {
+    let Some((name, meant)) = parsed.filter(|_| agreed.form != Form::Simple) else {
         return refuse(wire, option, reply::ERR_INVALID, "malformed, or before STRUCTURED_REPLY");
     };
     let Some(export) = exports.find(name) else {

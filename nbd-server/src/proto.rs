@@ -1,6 +1,6 @@
 //! The NBD protocol's numbers and the layout of its messages (all big-endian). No I/O here.
 //!
-//! Newstyle negotiation, simple and structured replies, metadata contexts: sections of those names in
+//! Newstyle negotiation, simple, structured and extended replies, metadata contexts: sections of those names in
 //! the NBD project's doc/proto.md.
 
 use ghostswap::PageKind;
@@ -11,6 +11,8 @@ pub const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
 pub const REQUEST_MAGIC: u32 = 0x2560_9513;
 pub const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
 pub const CHUNK_MAGIC: u32 = 0x668e_33ef;
+pub const EXTENDED_REQUEST_MAGIC: u32 = 0x21e4_1c71;
+pub const EXTENDED_REPLY_MAGIC: u32 = 0x6e8a_278c;
 
 /// Handshake flags of both sides.
 pub const FIXED_NEWSTYLE: u16 = 1;
@@ -25,6 +27,7 @@ pub mod option {
     pub const STRUCTURED_REPLY: u32 = 8;
     pub const LIST_META_CONTEXT: u32 = 9;
     pub const SET_META_CONTEXT: u32 = 10;
+    pub const EXTENDED_HEADERS: u32 = 11;
 }
 
 pub mod reply {
@@ -37,6 +40,7 @@ pub mod reply {
     pub const ERR_INVALID: u32 = 1 << 31 | 3;
     pub const ERR_UNKNOWN: u32 = 1 << 31 | 6;
     pub const ERR_TOO_BIG: u32 = 1 << 31 | 9;
+    pub const ERR_EXT_HEADER_REQD: u32 = 1 << 31 | 10;
 }
 
 pub mod info {
@@ -46,14 +50,25 @@ pub mod info {
     pub const BLOCK_SIZE: u16 = 3;
 }
 
+/// The form of requests and replies that client and server have agreed on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Form {
+    #[default]
+    Simple,
+    /// Replies to READ and BLOCK_STATUS come in chunks.
+    Structured,
+    /// All replies do, and lengths have 64 bits.
+    Extended,
+}
+
 /// What a client may do with an export.
-pub fn transmission_flags(read_only: bool, structured: bool) -> u16 {
+pub fn transmission_flags(read_only: bool, form: Form) -> u16 {
     // HAS_FLAGS, SEND_FLUSH, SEND_FUA, CAN_MULTI_CONN, SEND_CACHE.
     let always = 1 | 1 << 2 | 1 << 3 | 1 << 8 | 1 << 10;
     // READ_ONLY; or SEND_TRIM, SEND_WRITE_ZEROES, SEND_FAST_ZERO.
     let writing = if read_only { 1 << 1 } else { 1 << 5 | 1 << 6 | 1 << 11 };
     // SEND_DF.
-    always | writing | if structured { 1 << 7 } else { 0 }
+    always | writing | if form == Form::Simple { 0 } else { 1 << 7 }
 }
 
 /// A metadata context: `BLOCK_STATUS` tells extents in it.
@@ -102,6 +117,7 @@ pub const FLAG_NO_HOLE: u16 = 2;
 pub const FLAG_DF: u16 = 4;
 pub const FLAG_REQ_ONE: u16 = 8;
 pub const FLAG_FAST_ZERO: u16 = 16;
+pub const FLAG_PAYLOAD_LEN: u16 = 32;
 
 /// NBD's errno values, the same on every system.
 pub mod errno {
@@ -133,16 +149,18 @@ pub struct Request {
     /// The client's, returned as it came.
     pub cookie: [u8; 8],
     pub offset: u64,
-    pub len: u32,
+    pub len: u64,
 }
 
 pub const REQUEST_BYTES: usize = 28;
+pub const EXTENDED_REQUEST_BYTES: usize = 32;
 
 impl Request {
     /// `None`: not a request; the stream can no longer be trusted.
-    pub fn parse(bytes: &[u8; REQUEST_BYTES]) -> Option<Request> {
+    pub fn parse(bytes: &[u8], form: Form) -> Option<Request> {
+        let extended = form == Form::Extended;
         let mut at = Cursor(bytes);
-        if at.u32()? != REQUEST_MAGIC {
+        if at.u32()? != if extended { EXTENDED_REQUEST_MAGIC } else { REQUEST_MAGIC } {
             return None;
         }
         let flags = at.u16()?;
@@ -157,7 +175,9 @@ impl Request {
             7 => Command::BlockStatus,
             other => Command::Unknown(other),
         };
-        Some(Request { flags, command, cookie: at.array()?, offset: at.u64()?, len: at.u32()? })
+        let (cookie, offset) = (at.array()?, at.u64()?);
+        let len = if extended { at.u64()? } else { at.u32()?.into() };
+        Some(Request { flags, command, cookie, offset, len })
     }
 }
 
@@ -175,32 +195,59 @@ pub mod chunk {
     pub const OFFSET_DATA: u16 = 1;
     pub const OFFSET_HOLE: u16 = 2;
     pub const BLOCK_STATUS: u16 = 5;
+    pub const BLOCK_STATUS_EXT: u16 = 6;
     pub const ERROR: u16 = 1 << 15 | 1;
     pub const ERROR_OFFSET: u16 = 1 << 15 | 2;
 }
 
-pub const CHUNK_BYTES: usize = 20;
-
-/// A chunk's head; `done` on the last of a reply.
-pub fn chunk_head(done: bool, kind: u16, cookie: [u8; 8], len: usize) -> [u8; CHUNK_BYTES] {
-    let mut bytes = [0; CHUNK_BYTES];
-    bytes[..4].copy_from_slice(&CHUNK_MAGIC.to_be_bytes());
-    bytes[4..6].copy_from_slice(&u16::from(done).to_be_bytes());
-    bytes[6..8].copy_from_slice(&kind.to_be_bytes());
-    bytes[8..16].copy_from_slice(&cookie);
-    bytes[16..].copy_from_slice(&(len as u32).to_be_bytes());
-    bytes
+/// A chunk's head and what follows it at once; data may come behind.
+pub struct Chunk {
+    bytes: [u8; 64],
+    len: usize,
 }
 
-/// A whole last chunk that tells an error, of a place if there is one.
-pub fn error_chunk(error: u32, cookie: [u8; 8], offset: Option<u64>) -> Vec<u8> {
-    let (kind, len) = if offset.is_some() { (chunk::ERROR_OFFSET, 14) } else { (chunk::ERROR, 6) };
-    let mut bytes = chunk_head(true, kind, cookie, len).to_vec();
-    bytes.extend_from_slice(&error.to_be_bytes());
-    // No words beside it.
-    bytes.extend_from_slice(&[0; 2]);
-    bytes.extend(offset.into_iter().flat_map(u64::to_be_bytes));
-    bytes
+impl Chunk {
+    /// `done` on the last of a reply; `body` is what comes after the head, `more` how many bytes of data
+    /// come after that.
+    pub fn new(request: &Request, form: Form, done: bool, kind: u16, body: &[&[u8]], more: usize) -> Chunk {
+        let mut chunk = Chunk { bytes: [0; 64], len: 0 };
+        let payload = body.iter().map(|part| part.len()).sum::<usize>() + more;
+        let extended = form == Form::Extended;
+        chunk.put(&if extended { EXTENDED_REPLY_MAGIC } else { CHUNK_MAGIC }.to_be_bytes());
+        chunk.put(&u16::from(done).to_be_bytes());
+        chunk.put(&kind.to_be_bytes());
+        chunk.put(&request.cookie);
+        if extended {
+            chunk.put(&request.offset.to_be_bytes());
+            chunk.put(&(payload as u64).to_be_bytes());
+        } else {
+            chunk.put(&(payload as u32).to_be_bytes());
+        }
+        body.iter().for_each(|part| chunk.put(part));
+        chunk
+    }
+
+    /// A whole last chunk that tells an error, of a place if there is one. No words beside it.
+    pub fn error(request: &Request, form: Form, error: u32, place: Option<u64>) -> Chunk {
+        let (error, place) = (error.to_be_bytes(), place.map(u64::to_be_bytes));
+        match &place {
+            Some(place) => Chunk::new(request, form, true, chunk::ERROR_OFFSET, &[&error, &[0; 2], place], 0),
+            None => Chunk::new(request, form, true, chunk::ERROR, &[&error, &[0; 2]], 0),
+        }
+    }
+
+    fn put(&mut self, part: &[u8]) {
+        self.bytes[self.len..self.len + part.len()].copy_from_slice(part);
+        self.len += part.len();
+    }
+}
+
+impl std::ops::Deref for Chunk {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.bytes[..self.len]
+    }
 }
 
 pub fn option_reply(option: u32, reply: u32, len: usize) -> [u8; 20] {
@@ -320,11 +367,12 @@ mod tests {
     #[test]
     fn a_request_needs_its_magic() {
         let mut bytes = [0; REQUEST_BYTES];
-        assert!(Request::parse(&bytes).is_none());
+        assert!(Request::parse(&bytes, Form::Simple).is_none());
         bytes[..4].copy_from_slice(&REQUEST_MAGIC.to_be_bytes());
         bytes[7] = 4;
         bytes[27] = 9;
-        let request = Request::parse(&bytes).unwrap();
+        assert!(Request::parse(&bytes, Form::Extended).is_none());
+        let request = Request::parse(&bytes, Form::Structured).unwrap();
         assert_eq!((request.command, request.len), (Command::Trim, 9));
     }
 }

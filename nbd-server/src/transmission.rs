@@ -6,8 +6,8 @@
 
 use crate::handshake::Chosen;
 use crate::proto::{
-    chunk, chunk_head, errno, error_chunk, simple_reply, Command, Context, Request, CHUNK_BYTES, FLAG_DF,
-    FLAG_FAST_ZERO, FLAG_FUA, FLAG_NO_HOLE, FLAG_REQ_ONE, MAX_PAYLOAD_BYTES,
+    chunk, errno, simple_reply, Chunk, Command, Context, Form, Request, EXTENDED_REQUEST_BYTES, FLAG_DF,
+    FLAG_FAST_ZERO, FLAG_FUA, FLAG_NO_HOLE, FLAG_PAYLOAD_LEN, FLAG_REQ_ONE, MAX_PAYLOAD_BYTES, REQUEST_BYTES,
 };
 use crate::wire::{Wire, SLICE_BYTES};
 use ghostswap::{Error, Lane, PageKind};
@@ -15,15 +15,15 @@ use std::io::{self, ErrorKind};
 
 /// Most extents told of a context at once: 16 KiB of reply for 28 bytes of request.
 const MAX_EXTENTS: usize = 2048;
-/// What precedes a chunk's data or size: where it lies.
-const OFFSET_BYTES: usize = 8;
+/// Most data thrown away for a request that is refused: what 32 bits can say, no more.
+const MAX_SKIPPED_BYTES: u64 = u32::MAX as u64;
 
 /// What a connection's requests are checked and answered by.
 #[derive(Clone, Copy)]
 struct Terms {
     volume_bytes: u64,
     read_only: bool,
-    structured: bool,
+    form: Form,
     contexts: [bool; 2],
 }
 
@@ -32,20 +32,20 @@ pub fn serve(wire: &mut Wire, chosen: Chosen<'_>) -> io::Result<()> {
     let terms = Terms {
         volume_bytes: chosen.export.volume.bytes(),
         read_only: chosen.export.read_only,
-        structured: chosen.structured,
+        form: chosen.form,
         contexts: chosen.contexts,
     };
     let mut lane = chosen.lane;
     while !wire.at_end()? {
-        let Some(request) = Request::parse(&wire.take_array()?) else {
-            wire.send()?;
-            return Err(io::Error::new(ErrorKind::InvalidData, "a request without its magic"));
+        let bytes = if terms.form == Form::Extended { EXTENDED_REQUEST_BYTES } else { REQUEST_BYTES };
+        let Some(request) = Request::parse(wire.take(bytes)?, terms.form) else {
+            return hang_up(wire, "a request without its magic");
         };
         let checked = check(&request, &terms);
         let result = match (request.command, checked) {
             (Command::Disconnect, _) => break,
-            (Command::Read, Ok(())) if terms.structured => {
-                read_in_chunks(wire, &mut lane, &request)?;
+            (Command::Read, Ok(())) if terms.form != Form::Simple => {
+                read_in_chunks(wire, &mut lane, &request, terms.form)?;
                 continue;
             }
             (Command::Read, Ok(())) => {
@@ -53,31 +53,52 @@ pub fn serve(wire: &mut Wire, chosen: Chosen<'_>) -> io::Result<()> {
                 continue;
             }
             (Command::BlockStatus, Ok(())) => {
-                block_status(wire, &mut lane, &request, terms.contexts)?;
+                block_status(wire, &mut lane, &request, &terms)?;
                 continue;
             }
             (Command::Write, Ok(())) => write(wire, &mut lane, &request)?,
-            (Command::Write, Err(errno)) => {
+            (_, Err(errno)) if has_payload(&request, terms.form) => {
+                if request.len > MAX_SKIPPED_BYTES {
+                    return hang_up(wire, "more data than can be");
+                }
                 wire.skip(request.len as usize)?;
                 Err(errno)
             }
             (_, checked) => checked.and_then(|()| without_data(&mut lane, &request)),
         };
-        let structured = terms.structured && matches!(request.command, Command::Read | Command::BlockStatus);
+        let in_chunks = match terms.form {
+            Form::Simple => false,
+            Form::Structured => matches!(request.command, Command::Read | Command::BlockStatus),
+            Form::Extended => true,
+        };
         match result {
-            Err(errno) if structured => wire.put(&error_chunk(errno, request.cookie, None))?,
+            Err(errno) if in_chunks => wire.put(&Chunk::error(&request, terms.form, errno, None))?,
+            Ok(()) if in_chunks => wire.put(&Chunk::new(&request, terms.form, true, chunk::NONE, &[], 0))?,
             _ => wire.put(&simple_reply(result.err().unwrap_or(0), request.cookie))?,
         }
     }
     wire.send()
 }
 
+/// Tells what was answered so far, and nothing more.
+fn hang_up(wire: &mut Wire, why: &str) -> io::Result<()> {
+    wire.send()?;
+    Err(io::Error::new(ErrorKind::InvalidData, why))
+}
+
+/// Whether data follows a request: always after a write, whose flag for that some clients leave out
+/// (QEMU 10), and with extended headers after any command with the flag.
+fn has_payload(request: &Request, form: Form) -> bool {
+    request.command == Command::Write || form == Form::Extended && request.flags & FLAG_PAYLOAD_LEN != 0
+}
+
 /// All that can be wrong with a request before its first byte of data.
 fn check(request: &Request, terms: &Terms) -> Result<(), u32> {
-    let df = if terms.structured { FLAG_DF } else { 0 };
+    let df = if terms.form == Form::Simple { 0 } else { FLAG_DF };
+    let payload_len = if terms.form == Form::Extended { FLAG_PAYLOAD_LEN } else { 0 };
     let (known_flags, payload, outside, writes) = match request.command {
         Command::Read => (FLAG_FUA | df, true, errno::INVAL, false),
-        Command::Write => (FLAG_FUA, true, errno::NOSPC, true),
+        Command::Write => (FLAG_FUA | payload_len, true, errno::NOSPC, true),
         Command::WriteZeroes => (FLAG_FUA | FLAG_NO_HOLE | FLAG_FAST_ZERO, false, errno::NOSPC, true),
         Command::Trim => (FLAG_FUA, false, errno::INVAL, true),
         Command::BlockStatus if terms.contexts != [false; 2] && request.len > 0 => {
@@ -86,13 +107,13 @@ fn check(request: &Request, terms: &Terms) -> Result<(), u32> {
         Command::BlockStatus | Command::Unknown(_) => return Err(errno::INVAL),
         Command::Flush | Command::Cache | Command::Disconnect => (FLAG_FUA, false, errno::INVAL, false),
     };
-    if request.flags & !known_flags != 0 || payload && request.len > MAX_PAYLOAD_BYTES {
+    if request.flags & !known_flags != 0 || payload && request.len > MAX_PAYLOAD_BYTES.into() {
         return Err(errno::INVAL);
     }
     if writes && terms.read_only {
         return Err(errno::PERM);
     }
-    match request.offset.checked_add(request.len.into()) {
+    match request.offset.checked_add(request.len) {
         Some(end) if end <= terms.volume_bytes => Ok(()),
         _ => Err(outside),
     }
@@ -121,14 +142,13 @@ fn read(wire: &mut Wire, lane: &mut Lane, request: &Request) -> io::Result<()> {
 }
 
 /// A chunk for each slice: its data, or that it is zeros where nothing is stored.
-fn read_in_chunks(wire: &mut Wire, lane: &mut Lane, request: &Request) -> io::Result<()> {
-    let cookie = request.cookie;
+fn read_in_chunks(wire: &mut Wire, lane: &mut Lane, request: &Request, form: Form) -> io::Result<()> {
     if request.len == 0 {
-        return wire.put(&chunk_head(true, chunk::NONE, cookie, 0));
+        return wire.put(&Chunk::new(request, form, true, chunk::NONE, &[], 0));
     }
     // A slice is what one chunk can hold: more than the 64 KiB that DF is good for at least.
     if request.flags & FLAG_DF != 0 && request.len as usize > SLICE_BYTES {
-        return wire.put(&error_chunk(errno::OVERFLOW, cookie, None));
+        return wire.put(&Chunk::error(request, form, errno::OVERFLOW, None));
     }
     let mut offset = request.offset;
     let mut left = request.len as usize;
@@ -137,18 +157,16 @@ fn read_in_chunks(wire: &mut Wire, lane: &mut Lane, request: &Request) -> io::Re
         let done = part == left;
         let is_zeros = match reads_as_zeros(lane, offset, part as u64) {
             Ok(is_zeros) => is_zeros,
-            Err(error) => return wire.put(&error_chunk(errno_of(&error), cookie, Some(offset))),
+            Err(error) => return wire.put(&Chunk::error(request, form, errno_of(&error), Some(offset))),
         };
+        let place = offset.to_be_bytes();
         if is_zeros {
-            wire.put(&chunk_head(done, chunk::OFFSET_HOLE, cookie, OFFSET_BYTES + 4))?;
-            wire.put(&offset.to_be_bytes())?;
-            wire.put(&(part as u32).to_be_bytes())?;
+            let size = (part as u32).to_be_bytes();
+            wire.put(&Chunk::new(request, form, done, chunk::OFFSET_HOLE, &[&place, &size], 0))?;
         } else {
-            let mut head = [0; CHUNK_BYTES + OFFSET_BYTES];
-            head[..CHUNK_BYTES].copy_from_slice(&chunk_head(done, chunk::OFFSET_DATA, cookie, OFFSET_BYTES + part));
-            head[CHUNK_BYTES..].copy_from_slice(&offset.to_be_bytes());
+            let head = Chunk::new(request, form, done, chunk::OFFSET_DATA, &[&place], part);
             if let Err(error) = wire.put_filled(&head, part, |data| lane.read(offset, data))? {
-                return wire.put(&error_chunk(errno_of(&error), cookie, Some(offset)));
+                return wire.put(&Chunk::error(request, form, errno_of(&error), Some(offset)));
             }
         }
         offset += part as u64;
@@ -167,33 +185,43 @@ fn reads_as_zeros(lane: &mut Lane, offset: u64, len: u64) -> Result<bool, Error>
 }
 
 /// One chunk for each context that was agreed on.
-fn block_status(wire: &mut Wire, lane: &mut Lane, request: &Request, contexts: [bool; 2]) -> io::Result<()> {
+fn block_status(wire: &mut Wire, lane: &mut Lane, request: &Request, terms: &Terms) -> io::Result<()> {
     let most = if request.flags & FLAG_REQ_ONE != 0 { 1 } else { MAX_EXTENTS };
-    let mut chunks = Vec::new();
-    for context in Context::ALL.into_iter().zip(contexts).filter_map(|(context, agreed)| agreed.then_some(context)) {
+    let agreed = Context::ALL.into_iter().zip(terms.contexts).filter_map(|(context, agreed)| agreed.then_some(context));
+    let mut told = Vec::with_capacity(Context::ALL.len());
+    for context in agreed {
         match extents(lane, request, context, most) {
-            Ok(extents) => chunks.push((context, extents)),
-            Err(error) => return wire.put(&error_chunk(errno_of(&error), request.cookie, None)),
+            Ok(extents) => told.push((context, extents)),
+            Err(error) => return wire.put(&Chunk::error(request, terms.form, errno_of(&error), None)),
         }
     }
-    let last = chunks.len();
-    for (number, (context, extents)) in (1..).zip(chunks) {
-        let len = 4 + extents.len() * 8;
-        wire.put(&chunk_head(number == last, chunk::BLOCK_STATUS, request.cookie, len))?;
-        wire.put(&(context as u32).to_be_bytes())?;
+    let last = told.len();
+    for (number, (context, extents)) in (1..).zip(told) {
+        let context = (context as u32).to_be_bytes();
+        let count = (extents.len() as u32).to_be_bytes();
+        let (kind, body, each): (_, &[&[u8]], _) = match terms.form {
+            Form::Extended => (chunk::BLOCK_STATUS_EXT, &[&context, &count], 16),
+            _ => (chunk::BLOCK_STATUS, &[&context], 8),
+        };
+        wire.put(&Chunk::new(request, terms.form, number == last, kind, body, extents.len() * each))?;
         for (bytes, status) in extents {
-            wire.put(&bytes.to_be_bytes())?;
-            wire.put(&status.to_be_bytes())?;
+            if terms.form == Form::Extended {
+                wire.put(&bytes.to_be_bytes())?;
+                wire.put(&u64::from(status).to_be_bytes())?;
+            } else {
+                wire.put(&(bytes as u32).to_be_bytes())?;
+                wire.put(&status.to_be_bytes())?;
+            }
         }
     }
     Ok(())
 }
 
 /// Lengths and what is told of them, each unlike the one before.
-fn extents(lane: &mut Lane, request: &Request, context: Context, most: usize) -> Result<Vec<(u32, u32)>, Error> {
-    let mut extents: Vec<(u32, u32)> = Vec::new();
-    lane.kinds(request.offset, request.len.into(), |kind, bytes| {
-        let (bytes, status) = (bytes as u32, context.status(kind));
+fn extents(lane: &mut Lane, request: &Request, context: Context, most: usize) -> Result<Vec<(u64, u32)>, Error> {
+    let mut extents: Vec<(u64, u32)> = Vec::new();
+    lane.kinds(request.offset, request.len, |kind, bytes| {
+        let status = context.status(kind);
         let count = extents.len();
         match extents.last_mut() {
             Some(last) if last.1 == status => last.0 += bytes,
@@ -223,7 +251,7 @@ fn write(wire: &mut Wire, lane: &mut Lane, request: &Request) -> io::Result<Resu
 }
 
 fn without_data(lane: &mut Lane, request: &Request) -> Result<(), u32> {
-    let len = u64::from(request.len);
+    let len = request.len;
     match request.command {
         Command::Flush => return lane.flush().map_err(|error| errno_of(&error)),
         // All is in memory already.

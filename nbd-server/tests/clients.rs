@@ -224,23 +224,47 @@ impl Raw {
         self.take(10);
     }
 
-    /// Into transmission with structured replies and both contexts.
-    fn enter_structured(&mut self, export: &[u8]) {
+    /// Into transmission with structured replies (option 8) or extended headers (11), and both contexts.
+    fn enter_structured(&mut self, form: u32, export: &[u8]) {
         self.take(18);
         let name = [&(export.len() as u32).to_be_bytes(), export].concat();
         let contexts = b"\0\0\0\x02\0\0\0\x0fbase:allocation\0\0\0\x0eghostswap:kind";
         self.send(&[&3u32.to_be_bytes()]);
         for (option, data) in
-            [(8u32, vec![]), (10, [&name, &contexts[..]].concat()), (7, [&name, &[0; 2][..]].concat())]
+            [(form, vec![]), (10, [&name, &contexts[..]].concat()), (7, [&name, &[0; 2][..]].concat())]
         {
-            self.send(&[b"IHAVEOPT", &option.to_be_bytes(), &(data.len() as u32).to_be_bytes(), &data]);
-            loop {
-                let reply = self.take(20);
-                self.take(u32::from_be_bytes([reply[16], reply[17], reply[18], reply[19]]) as usize);
-                assert_eq!(reply[12] & 0x80, 0, "option {option} was refused");
-                if reply[12..16] == 1u32.to_be_bytes() {
-                    break;
-                }
+            assert_eq!(self.option(option, &data), 1, "option {option}");
+        }
+    }
+
+    /// Sends an option; the last reply to it.
+    fn option(&mut self, option: u32, data: &[u8]) -> u32 {
+        self.send(&[b"IHAVEOPT", &option.to_be_bytes(), &(data.len() as u32).to_be_bytes(), data]);
+        loop {
+            let reply = self.take(20);
+            self.take(u32::from_be_bytes([reply[16], reply[17], reply[18], reply[19]]) as usize);
+            let what = u32::from_be_bytes([reply[12], reply[13], reply[14], reply[15]]);
+            if what == 1 || what >> 31 == 1 {
+                return what;
+            }
+        }
+    }
+
+    /// A request with an extended header, and the chunks of its reply.
+    fn extended(&mut self, flags: u16, command: u16, offset: u64, len: u64, data: &[u8]) -> Vec<(u16, Vec<u8>)> {
+        let cookie = 0x1122_3344_5566_7788u64.to_be_bytes();
+        let (offset, len) = (offset.to_be_bytes(), len.to_be_bytes());
+        let kind = [flags.to_be_bytes(), command.to_be_bytes()].concat();
+        self.send(&[&0x21e4_1c71u32.to_be_bytes(), &kind, &cookie, &offset, &len, data]);
+        let mut chunks = Vec::new();
+        loop {
+            let head = self.take(32);
+            assert_eq!(head[..4], 0x6e8a_278cu32.to_be_bytes());
+            assert_eq!((&head[8..16], &head[16..24]), (&cookie[..], &offset[..]));
+            let len = u64::from_be_bytes(head[24..].try_into().unwrap());
+            chunks.push((u16::from_be_bytes([head[6], head[7]]), self.take(len as usize)));
+            if head[5] == 1 {
+                return chunks;
             }
         }
     }
@@ -327,7 +351,7 @@ fn structured_replies_are_whole_and_bounded() {
     let uri = server.uri("a");
     qemu_io(&uri, &["write -P 7 0 256k", "write -P 8 512k 4k"]);
     let mut client = server.connect();
-    client.enter_structured(b"a");
+    client.enter_structured(8, b"a");
     // Data, zeros that nothing is stored of, data: each in its chunk, with its place.
     client.request(0, 0, 0, 768 << 10, b"");
     let chunks = client.chunks();
@@ -374,6 +398,49 @@ fn structured_replies_are_whole_and_bounded() {
 }
 
 #[test]
+fn extended_headers_take_lengths_of_16_tebibytes() {
+    let server = Server::start("extended", &["--export", "a"]);
+    let all = 16u64 << 40;
+    let mut client = server.connect();
+    client.enter_structured(11, b"a");
+    let done = vec![(0u16, vec![])];
+    let failed = |errno: u32| vec![(0x8001u16, [errno.to_be_bytes().as_slice(), &[0; 2]].concat())];
+    // Data follows a write, and where the flag says so; only a write takes it.
+    assert_eq!(client.extended(32, 1, 1 << 20, 4096, &[7; 4096]), done);
+    assert_eq!(client.extended(0, 1, 1 << 20, 4096, &[7; 4096]), done);
+    assert_eq!(client.extended(32, 0, 0, 4096, &[7; 4096]), failed(22));
+    assert_eq!(client.extended(32, 7, 0, 4096, &[7; 4096]), failed(22));
+    assert_eq!(client.extended(0, 0, 0, all, b""), failed(22));
+    assert_eq!(client.extended(0, 4, 1, u64::MAX, b""), failed(22));
+    let chunks = client.extended(0, 0, 1 << 20, 4096, b"");
+    assert_eq!((chunks.len(), chunks[0].0, &chunks[0].1[8..]), (1, 1, &[7; 4096][..]));
+    let status = |context: u32, extents: &[(u64, u64)]| {
+        let head = [context, extents.len() as u32].into_iter().flat_map(u32::to_be_bytes);
+        (6u16, head.chain(extents.iter().flat_map(|(len, what)| [*len, *what]).flat_map(u64::to_be_bytes)).collect())
+    };
+    let rest = all - (1 << 20) - 4096;
+    let told = client.extended(0, 7, 0, all, b"");
+    let runs = |hole, data| [(1 << 20, hole), (4096, data), (rest, hole)];
+    assert_eq!(told, [status(1, &runs(3, 0)), status(2, &runs(0, 2))]);
+    assert_eq!(client.extended(0, 5, 0, all, b""), done);
+    assert_eq!(client.extended(0, 6, 0, all - 512, b""), done);
+    assert_eq!(client.extended(0, 4, 0, all, b""), done);
+    assert_eq!(client.extended(0, 3, 0, 0, b""), done);
+    assert_eq!(client.extended(0, 7, 0, all, b""), [status(1, &[(all, 3)]), status(2, &[(all, 0)])]);
+    // More data than there can be is not waited for.
+    client.send(&[&0x21e4_1c71u32.to_be_bytes(), &[0, 32, 0, 0], &[0; 16], &u64::MAX.to_be_bytes()]);
+    assert!(client.is_hung_up_on());
+    // The weaker form is refused after the stronger.
+    let mut client = server.connect();
+    client.take(18);
+    client.send(&[&3u32.to_be_bytes()]);
+    assert_eq!([client.option(11, b""), client.option(8, b""), client.option(11, b"")], [1, 1 << 31 | 10, 1]);
+    client.send(&[b"IHAVEOPT", &1u32.to_be_bytes(), &1u32.to_be_bytes(), b"a"]);
+    assert!(client.is_hung_up_on());
+    server.end();
+}
+
+#[test]
 fn a_rude_client_hurts_only_itself() {
     let server = Server::start("rude", &["--export", "a,size=1M", "--max-lanes", "8"]);
     let huge = [&3u32.to_be_bytes()[..], b"IHAVEOPT", &7u32.to_be_bytes(), &u32::MAX.to_be_bytes()].concat();
@@ -396,7 +463,7 @@ fn a_rude_client_hurts_only_itself() {
         (9, b"", 3),
         (10, b"\0\0\0\x01a\0\0\0\0", 3),
         (5, b"", 1),
-        (11, b"", 1),
+        (11, b"x", 3),
         (99, &[7; 60000], 1),
         (7, &[0; 60000], 9),
     ] {

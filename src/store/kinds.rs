@@ -66,23 +66,23 @@ impl Lane {
             }
             let cluster = (at / cluster_bytes) as usize;
             let first = (at % cluster_bytes) as usize / PAGE_BYTES;
+            let left = end.div_ceil(PAGE_BYTES as u64) - at / PAGE_BYTES as u64;
+            let last = CLUSTER_PAGES.min(first + left.min(CLUSTER_PAGES as u64) as usize);
             let mut kinds = [PageKind::Empty; CLUSTER_PAGES];
+            let kinds = &mut kinds[first..last];
             self.in_epoch(|lane, s| {
                 let Some(leaf) = s.map.leaf(&s.arena, lane.volume, cluster) else { return };
-                for (kind, slot) in kinds.iter_mut().zip(leaf).skip(first) {
+                for (kind, slot) in kinds.iter_mut().zip(&leaf[first..last]) {
                     *kind = PageKind::of(Slot(slot.load(Ordering::Acquire)));
                 }
             });
-            for kind in &kinds[first..] {
+            for kind in kinds {
                 let until = (at / PAGE_BYTES as u64 + 1) * PAGE_BYTES as u64;
                 let bytes = until.min(end) - at;
                 if !add(*kind, bytes) {
                     return Ok(());
                 }
                 at += bytes;
-                if at == end {
-                    break;
-                }
             }
         }
         if run.1 > 0 {
