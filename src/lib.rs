@@ -39,7 +39,7 @@ pub use stats::Stats;
 #[cfg(feature = "crash-points")]
 #[doc(hidden)]
 pub use store::Steps;
-pub use store::{Lane, Standby, Store};
+pub use store::{Lane, PageKind, Standby, Store};
 pub use volume::Volume;
 
 /// Bytes of a record's header for a page stored alone.

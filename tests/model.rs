@@ -9,7 +9,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use ghostswap::{Error, Store, StoreConfig};
+use ghostswap::{Error, PageKind, Store, StoreConfig};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
@@ -82,7 +82,8 @@ impl Worker {
         let run = if self.far && i >= RANGE_PAGES - 128 { 1 } else { (rng.below(20) + 1).min(64 - i % 64) };
         let page = page_of(self.thread, i, self.far);
         match rng.below(100) {
-            0..=39 => self.read(page, run, buf),
+            0..=33 => self.read(page, run, buf),
+            34..=39 => self.kinds(page, run),
             40..=76 => {
                 let bytes = &mut buf[..(run * PAGE) as usize];
                 bytes.chunks_mut(PAGE as usize).for_each(|p| content(rng, p));
@@ -123,6 +124,35 @@ impl Worker {
     fn write(&mut self, at: u64, _n: u64, bytes: Vec<u8>) -> Result<(), String> {
         self.lane.write(at, &bytes).map_err(|e| format!("write at {at}: {e}"))?;
         self.put(at, &bytes);
+        Ok(())
+    }
+
+    /// Zeros are never told to be stored, nor anything else to be zeros.
+    fn kinds(&mut self, page: u64, run: u64) -> Result<(), String> {
+        let mut told = Vec::new();
+        let tell = |kind, bytes| {
+            told.push((kind, bytes));
+            true
+        };
+        self.lane.kinds(page * PAGE, run * PAGE, tell).map_err(|e| e.to_string())?;
+        if told.windows(2).any(|two| two[0].0 == two[1].0)
+            || told.iter().map(|(_, bytes)| bytes).sum::<u64>() != run * PAGE
+        {
+            return Err(format!("runs from page {page} on: {told:?} for {run} pages"));
+        }
+        let kinds = told.iter().flat_map(|(kind, bytes)| std::iter::repeat_n(*kind, (bytes / PAGE) as usize));
+        for (p, kind) in (page..).zip(kinds) {
+            let content = self.model.get(&p).map_or(&[][..], |content| content);
+            let fits = match kind {
+                PageKind::Empty | PageKind::Zero => content.iter().all(|b| *b == 0),
+                PageKind::Filled => content.chunks(8).all(|word| *word == content[..8] && word.iter().any(|b| *b != 0)),
+                PageKind::Stored => content.iter().any(|b| *b != 0),
+                PageKind::Lost => false,
+            };
+            if !fits {
+                return Err(format!("page {p} is told to be {kind:?}"));
+            }
+        }
         Ok(())
     }
 

@@ -5,11 +5,12 @@ use ghostswap::config::parse_size;
 use ghostswap::{Store, Volume, MAX_VOLUME_BYTES};
 use std::str::FromStr;
 
-/// One `--export NAME[,size=SIZE]`.
+/// One `--export NAME[,size=SIZE][,ro]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExportConfig {
     pub name: String,
     pub size: u64,
+    pub read_only: bool,
 }
 
 impl FromStr for ExportConfig {
@@ -20,20 +21,22 @@ impl FromStr for ExportConfig {
         if name.is_empty() || name.len() > MAX_NAME_BYTES {
             return Err(format!("an export's name has 1 to {MAX_NAME_BYTES} bytes"));
         }
-        let mut size = MAX_VOLUME_BYTES;
+        let (mut size, mut read_only) = (MAX_VOLUME_BYTES, false);
         for part in options.split(',').filter(|part| !part.is_empty()) {
             match part.split_once('=') {
                 Some(("size", value)) => size = parse_size(value)?,
-                _ => return Err(format!("unknown export option '{part}': known is size=SIZE")),
+                None if part == "ro" => read_only = true,
+                _ => return Err(format!("unknown export option '{part}': known are size=SIZE and ro")),
             }
         }
-        Ok(ExportConfig { name: name.to_string(), size })
+        Ok(ExportConfig { name: name.to_string(), size, read_only })
     }
 }
 
 pub struct Export {
     pub name: String,
     pub volume: Volume,
+    pub read_only: bool,
 }
 
 pub struct Exports(Vec<Export>);
@@ -46,7 +49,8 @@ impl Exports {
                 let why = format!("two exports are named '{}'", config.name);
                 return Err(ghostswap::Error::InvalidConfig(why));
             }
-            all.push(Export { name: config.name.clone(), volume: store.create_volume(config.size)? });
+            let (name, volume) = (config.name.clone(), store.create_volume(config.size)?);
+            all.push(Export { name, volume, read_only: config.read_only });
         }
         Ok(Exports(all))
     }
@@ -71,9 +75,11 @@ mod tests {
     #[test]
     fn exports_parse() {
         let parsed = |text: &str| text.parse::<ExportConfig>();
-        assert_eq!(parsed("a"), Ok(ExportConfig { name: "a".into(), size: MAX_VOLUME_BYTES }));
-        assert_eq!(parsed("swap,size=8M"), Ok(ExportConfig { name: "swap".into(), size: 8 << 20 }));
-        for bad in ["", ",size=1G", "a,size=", "a,size=x", "a,colour=red", "a,8M"] {
+        let config = |name: &str, size, read_only| Ok(ExportConfig { name: name.into(), size, read_only });
+        assert_eq!(parsed("a"), config("a", MAX_VOLUME_BYTES, false));
+        assert_eq!(parsed("swap,size=8M"), config("swap", 8 << 20, false));
+        assert_eq!(parsed("old,ro,size=8M"), config("old", 8 << 20, true));
+        for bad in ["", ",size=1G", "a,size=", "a,size=x", "a,colour=red", "a,8M", "a,ro=1"] {
             assert!(parsed(bad).is_err(), "{bad}");
         }
     }

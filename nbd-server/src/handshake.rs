@@ -1,10 +1,10 @@
 //! Newstyle negotiation: from the first byte to the export that the client goes to.
 //!
-//! What a client may send here is bounded in size, number and time. Structured replies, TLS and
-//! metadata contexts are answered as unsupported.
+//! What a client may send here is bounded in size, number and time. TLS is answered as
+//! unsupported.
 
 use crate::export::{Export, Exports};
-use crate::proto::{self, info, option, reply};
+use crate::proto::{self, info, option, reply, transmission_flags, Context, Form};
 use crate::wire::Wire;
 use ghostswap::Lane;
 use std::io::{Error, ErrorKind, Result};
@@ -20,6 +20,28 @@ const MAX_OPTION_BYTES: usize = 64 << 10;
 pub struct Chosen<'a> {
     pub export: &'a Export,
     pub lane: Lane,
+    pub form: Form,
+    /// What BLOCK_STATUS tells: of [`Context::ALL`].
+    pub contexts: [bool; 2],
+}
+
+/// What was agreed on before the export is chosen.
+#[derive(Default)]
+struct Agreed<'a> {
+    form: Form,
+    /// Contexts hold for the export that they were set for.
+    contexts: Option<(&'a Export, [bool; 2])>,
+}
+
+impl<'a> Agreed<'a> {
+    fn choose(&self, export: &'a Export, lane: Lane) -> Box<Chosen<'a>> {
+        let own = self.contexts.filter(|(of, _)| std::ptr::eq(*of, export));
+        Box::new(Chosen { export, lane, form: self.form, contexts: own.map_or([false; 2], |(_, c)| c) })
+    }
+
+    fn flags(&self, export: &Export) -> u16 {
+        transmission_flags(export.read_only, self.form)
+    }
 }
 
 /// `None`: the client ended the negotiation in an orderly way.
@@ -33,8 +55,9 @@ pub fn negotiate<'a>(wire: &mut Wire, exports: &'a Exports) -> Result<Option<Box
         return Err(rude("unknown handshake flags"));
     }
     let pad = flags & u32::from(proto::NO_ZEROES) == 0;
+    let mut agreed = Agreed::default();
     for _ in 0..MAX_OPTIONS {
-        match answer_option(wire, exports, pad)? {
+        match answer_option(wire, exports, &mut agreed, pad)? {
             Answer::Next => {}
             Answer::Abort => return wire.send().map(|()| None),
             Answer::Go(chosen) => {
@@ -56,7 +79,7 @@ enum Answer<'a> {
     Go(Box<Chosen<'a>>),
 }
 
-fn answer_option<'a>(wire: &mut Wire, exports: &'a Exports, pad: bool) -> Result<Answer<'a>> {
+fn answer_option<'a>(wire: &mut Wire, exports: &'a Exports, agreed: &mut Agreed<'a>, pad: bool) -> Result<Answer<'a>> {
     if &wire.take_array::<8>()? != proto::OPTION_MAGIC {
         return Err(rude("an option without its magic"));
     }
@@ -66,7 +89,9 @@ fn answer_option<'a>(wire: &mut Wire, exports: &'a Exports, pad: bool) -> Result
         return Err(rude("an option too large"));
     }
     match option {
-        option::EXPORT_NAME => go_by_name(wire, exports, len, pad),
+        // It could not tell that extended headers hold ("Extended headers" in the protocol).
+        option::EXPORT_NAME if agreed.form == Form::Extended => Err(rude("EXPORT_NAME after EXTENDED_HEADERS")),
+        option::EXPORT_NAME => go_by_name(wire, exports, agreed, len, pad),
         option::ABORT => {
             wire.skip(len)?;
             answer(wire, option, reply::ACK, &[])?;
@@ -86,7 +111,21 @@ fn answer_option<'a>(wire: &mut Wire, exports: &'a Exports, pad: bool) -> Result
             answer(wire, option, reply::ACK, &[])?;
             Ok(Answer::Next)
         }
-        option::INFO | option::GO => info_or_go(wire, exports, option, len),
+        option::INFO | option::GO => info_or_go(wire, exports, agreed, option, len),
+        option::STRUCTURED_REPLY | option::EXTENDED_HEADERS => {
+            wire.skip(len)?;
+            if len != 0 {
+                return refuse(wire, option, reply::ERR_INVALID, "it takes no data");
+            }
+            agreed.form = match (option, agreed.form) {
+                (option::EXTENDED_HEADERS, _) => Form::Extended,
+                (_, Form::Extended) => return refuse(wire, option, reply::ERR_EXT_HEADER_REQD, "extended already"),
+                _ => Form::Structured,
+            };
+            answer(wire, option, reply::ACK, &[])?;
+            Ok(Answer::Next)
+        }
+        option::LIST_META_CONTEXT | option::SET_META_CONTEXT => contexts(wire, exports, agreed, option, len),
         _ => {
             wire.skip(len)?;
             refuse(wire, option, reply::ERR_UNSUP, "not supported")
@@ -95,18 +134,30 @@ fn answer_option<'a>(wire: &mut Wire, exports: &'a Exports, pad: bool) -> Result
 }
 
 /// The oldest way: no error reply exists, a refused client is hung up on.
-fn go_by_name<'a>(wire: &mut Wire, exports: &'a Exports, len: usize, pad: bool) -> Result<Answer<'a>> {
+fn go_by_name<'a>(
+    wire: &mut Wire,
+    exports: &'a Exports,
+    agreed: &Agreed<'a>,
+    len: usize,
+    pad: bool,
+) -> Result<Answer<'a>> {
     let export = exports.find(wire.take(len)?).ok_or_else(|| rude("no such export"))?;
     let lane = export.volume.lane().map_err(|error| Error::other(error.to_string()))?;
     wire.put(&export.volume.bytes().to_be_bytes())?;
-    wire.put(&proto::TRANSMISSION_FLAGS.to_be_bytes())?;
+    wire.put(&agreed.flags(export).to_be_bytes())?;
     if pad {
         wire.put(&[0; 124])?;
     }
-    Ok(Answer::Go(Box::new(Chosen { export, lane })))
+    Ok(Answer::Go(agreed.choose(export, lane)))
 }
 
-fn info_or_go<'a>(wire: &mut Wire, exports: &'a Exports, option: u32, len: usize) -> Result<Answer<'a>> {
+fn info_or_go<'a>(
+    wire: &mut Wire,
+    exports: &'a Exports,
+    agreed: &Agreed<'a>,
+    option: u32,
+    len: usize,
+) -> Result<Answer<'a>> {
     if len > proto::MAX_NAME_BYTES * 2 {
         wire.skip(len)?;
         return refuse(wire, option, reply::ERR_TOO_BIG, "too long");
@@ -124,18 +175,52 @@ fn info_or_go<'a>(wire: &mut Wire, exports: &'a Exports, option: u32, len: usize
     };
     let mut data = info::EXPORT.to_be_bytes().to_vec();
     data.extend_from_slice(&export.volume.bytes().to_be_bytes());
-    data.extend_from_slice(&proto::TRANSMISSION_FLAGS.to_be_bytes());
+    data.extend_from_slice(&agreed.flags(export).to_be_bytes());
     answer(wire, option, reply::INFO, &data)?;
     let mut data = info::BLOCK_SIZE.to_be_bytes().to_vec();
     for size in [proto::MIN_BLOCK_BYTES, proto::PREFERRED_BLOCK_BYTES, proto::MAX_PAYLOAD_BYTES] {
         data.extend_from_slice(&size.to_be_bytes());
     }
     answer(wire, option, reply::INFO, &data)?;
+    for (what, text) in [(info::NAME, export.name.as_str()), (info::DESCRIPTION, "ghostswap volume")] {
+        answer(wire, option, reply::INFO, &[&what.to_be_bytes(), text.as_bytes()].concat())?;
+    }
     answer(wire, option, reply::ACK, &[])?;
     Ok(match lane {
-        Some(lane) => Answer::Go(Box::new(Chosen { export, lane })),
+        Some(lane) => Answer::Go(agreed.choose(export, lane)),
         None => Answer::Next,
     })
+}
+
+fn contexts<'a>(
+    wire: &mut Wire,
+    exports: &'a Exports,
+    agreed: &mut Agreed<'a>,
+    option: u32,
+    len: usize,
+) -> Result<Answer<'a>> {
+    let setting = option == option::SET_META_CONTEXT;
+    // A SET that fails leaves none set.
+    if setting {
+        agreed.contexts = None;
+    }
+    let parsed = proto::parse_contexts(wire.take(len)?, !setting);
+    let Some((name, meant)) = parsed.filter(|_| agreed.form != Form::Simple) else {
+        return refuse(wire, option, reply::ERR_INVALID, "malformed, or before STRUCTURED_REPLY");
+    };
+    let Some(export) = exports.find(name) else {
+        return refuse(wire, option, reply::ERR_UNKNOWN, "no such export");
+    };
+    for context in Context::ALL.into_iter().zip(meant).filter_map(|(context, meant)| meant.then_some(context)) {
+        // A LIST names no number.
+        let number = if setting { context as u32 } else { 0 };
+        answer(wire, option, reply::META_CONTEXT, &[&number.to_be_bytes(), context.name().as_bytes()].concat())?;
+    }
+    answer(wire, option, reply::ACK, &[])?;
+    if setting {
+        agreed.contexts = Some((export, meant));
+    }
+    Ok(Answer::Next)
 }
 
 fn answer(wire: &mut Wire, option: u32, reply: u32, data: &[u8]) -> Result<()> {

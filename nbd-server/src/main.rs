@@ -34,8 +34,8 @@ struct Args {
     /// Listen at this TCP address; there is neither encryption nor a password
     #[arg(long, value_name = "ADDR:PORT")]
     tcp: Option<String>,
-    /// A volume and its name; size 16T unless told. May be given several times
-    #[arg(long, value_name = "NAME[,size=SIZE]", required = true)]
+    /// A volume and its name; size 16T unless told; ro: not to be written. May be given several times
+    #[arg(long, value_name = "NAME[,size=SIZE][,ro]", required = true)]
     export: Vec<ExportConfig>,
     /// Where pages are kept: ram[,limit=SIZE|PERCENT%][,codec=lz4|zstd[:LEVEL]][,group=SIZE]
     #[arg(long, value_name = "SPEC")]

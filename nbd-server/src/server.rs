@@ -119,8 +119,7 @@ impl Server {
             Err(error) => return info!(connection = number, "handshake: {error}"),
         };
         info!(connection = number, export = chosen.export.name, "client connected");
-        let mut lane = chosen.lane;
-        match transmission::serve(&mut wire, &mut lane, chosen.export.volume.bytes()) {
+        match transmission::serve(&mut wire, *chosen) {
             Ok(()) => info!(connection = number, "client left"),
             Err(error) => warn!(connection = number, "client lost: {error}"),
         }

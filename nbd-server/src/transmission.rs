@@ -2,59 +2,119 @@
 //!
 //! A request's data passes in slices, so a connection's memory does not depend on what is asked.
 //! A simple reply has its error in front of its data: a read that fails after its first slice has
-//! gone can only be told by hanging up.
+//! gone can only be told by hanging up. A structured one tells it, and where, in a chunk of its own.
 
-use crate::proto::{errno, simple_reply, Command, Request, FLAG_FUA, FLAG_NO_HOLE, MAX_PAYLOAD_BYTES};
+use crate::handshake::Chosen;
+use crate::proto::{
+    chunk, errno, simple_reply, Chunk, Command, Context, Form, Request, EXTENDED_REQUEST_BYTES, FLAG_DF,
+    FLAG_FAST_ZERO, FLAG_FUA, FLAG_NO_HOLE, FLAG_PAYLOAD_LEN, FLAG_REQ_ONE, MAX_PAYLOAD_BYTES, REQUEST_BYTES,
+};
 use crate::wire::{Wire, SLICE_BYTES};
-use ghostswap::{Error, Lane};
+use ghostswap::{Error, Lane, PageKind};
 use std::io::{self, ErrorKind};
 
+/// Most extents told of a context at once: 16 KiB of reply for 28 bytes of request.
+const MAX_EXTENTS: usize = 2048;
+/// Most data thrown away for a request that is refused: what 32 bits can say, no more.
+const MAX_SKIPPED_BYTES: u64 = u32::MAX as u64;
+
+/// What a connection's requests are checked and answered by.
+#[derive(Clone, Copy)]
+struct Terms {
+    volume_bytes: u64,
+    read_only: bool,
+    form: Form,
+    contexts: [bool; 2],
+}
+
 /// Serves until the client leaves.
-pub fn serve(wire: &mut Wire, lane: &mut Lane, volume_bytes: u64) -> io::Result<()> {
+pub fn serve(wire: &mut Wire, chosen: Chosen<'_>) -> io::Result<()> {
+    let terms = Terms {
+        volume_bytes: chosen.export.volume.bytes(),
+        read_only: chosen.export.read_only,
+        form: chosen.form,
+        contexts: chosen.contexts,
+    };
+    let mut lane = chosen.lane;
     while !wire.at_end()? {
-        let Some(request) = Request::parse(&wire.take_array()?) else {
-            wire.send()?;
-            return Err(io::Error::new(ErrorKind::InvalidData, "a request without its magic"));
+        let bytes = if terms.form == Form::Extended { EXTENDED_REQUEST_BYTES } else { REQUEST_BYTES };
+        let Some(request) = Request::parse(wire.take(bytes)?, terms.form) else {
+            return hang_up(wire, "a request without its magic");
         };
-        let result = match request.command {
-            Command::Disconnect => break,
-            Command::Read => match check(&request, volume_bytes) {
-                Ok(()) => {
-                    read(wire, lane, &request)?;
-                    continue;
-                }
-                Err(errno) => Err(errno),
-            },
-            Command::Write => match check(&request, volume_bytes) {
-                Ok(()) => write(wire, lane, &request)?,
-                Err(errno) => {
-                    wire.skip(request.len as usize)?;
-                    Err(errno)
-                }
-            },
-            Command::Flush | Command::Trim | Command::WriteZeroes => {
-                check(&request, volume_bytes).and_then(|()| without_data(lane, &request))
+        let checked = check(&request, &terms);
+        let result = match (request.command, checked) {
+            (Command::Disconnect, _) => break,
+            (Command::Read, Ok(())) if terms.form != Form::Simple => {
+                read_in_chunks(wire, &mut lane, &request, terms.form)?;
+                continue;
             }
-            Command::Unknown(_) => Err(errno::INVAL),
+            (Command::Read, Ok(())) => {
+                read(wire, &mut lane, &request)?;
+                continue;
+            }
+            (Command::BlockStatus, Ok(())) => {
+                block_status(wire, &mut lane, &request, &terms)?;
+                continue;
+            }
+            (Command::Write, Ok(())) => write(wire, &mut lane, &request)?,
+            (_, Err(errno)) if has_payload(&request, terms.form) => {
+                if request.len > MAX_SKIPPED_BYTES {
+                    return hang_up(wire, "more data than can be");
+                }
+                wire.skip(request.len as usize)?;
+                Err(errno)
+            }
+            (_, checked) => checked.and_then(|()| without_data(&mut lane, &request)),
         };
-        wire.put(&simple_reply(result.err().unwrap_or(0), request.cookie))?;
+        let in_chunks = match terms.form {
+            Form::Simple => false,
+            Form::Structured => matches!(request.command, Command::Read | Command::BlockStatus),
+            Form::Extended => true,
+        };
+        match result {
+            Err(errno) if in_chunks => wire.put(&Chunk::error(&request, terms.form, errno, None))?,
+            Ok(()) if in_chunks => wire.put(&Chunk::new(&request, terms.form, true, chunk::NONE, &[], 0))?,
+            _ => wire.put(&simple_reply(result.err().unwrap_or(0), request.cookie))?,
+        }
     }
     wire.send()
 }
 
+/// Tells what was answered so far, and nothing more.
+fn hang_up(wire: &mut Wire, why: &str) -> io::Result<()> {
+    wire.send()?;
+    Err(io::Error::new(ErrorKind::InvalidData, why))
+}
+
+/// Whether data follows a request: always after a write, whose flag for that some clients leave out
+/// (QEMU 10), and with extended headers after any command with the flag.
+fn has_payload(request: &Request, form: Form) -> bool {
+    request.command == Command::Write || form == Form::Extended && request.flags & FLAG_PAYLOAD_LEN != 0
+}
+
 /// All that can be wrong with a request before its first byte of data.
-fn check(request: &Request, volume_bytes: u64) -> Result<(), u32> {
-    let (known_flags, payload, outside) = match request.command {
-        Command::Read => (FLAG_FUA, true, errno::INVAL),
-        Command::Write => (FLAG_FUA, true, errno::NOSPC),
-        Command::WriteZeroes => (FLAG_FUA | FLAG_NO_HOLE, false, errno::NOSPC),
-        _ => (FLAG_FUA, false, errno::INVAL),
+fn check(request: &Request, terms: &Terms) -> Result<(), u32> {
+    let df = if terms.form == Form::Simple { 0 } else { FLAG_DF };
+    let payload_len = if terms.form == Form::Extended { FLAG_PAYLOAD_LEN } else { 0 };
+    let (known_flags, payload, outside, writes) = match request.command {
+        Command::Read => (FLAG_FUA | df, true, errno::INVAL, false),
+        Command::Write => (FLAG_FUA | payload_len, true, errno::NOSPC, true),
+        Command::WriteZeroes => (FLAG_FUA | FLAG_NO_HOLE | FLAG_FAST_ZERO, false, errno::NOSPC, true),
+        Command::Trim => (FLAG_FUA, false, errno::INVAL, true),
+        Command::BlockStatus if terms.contexts != [false; 2] && request.len > 0 => {
+            (FLAG_FUA | FLAG_REQ_ONE, false, errno::INVAL, false)
+        }
+        Command::BlockStatus | Command::Unknown(_) => return Err(errno::INVAL),
+        Command::Flush | Command::Cache | Command::Disconnect => (FLAG_FUA, false, errno::INVAL, false),
     };
-    if request.flags & !known_flags != 0 || payload && request.len > MAX_PAYLOAD_BYTES {
+    if request.flags & !known_flags != 0 || payload && request.len > MAX_PAYLOAD_BYTES.into() {
         return Err(errno::INVAL);
     }
-    match request.offset.checked_add(request.len.into()) {
-        Some(end) if end <= volume_bytes => Ok(()),
+    if writes && terms.read_only {
+        return Err(errno::PERM);
+    }
+    match request.offset.checked_add(request.len) {
+        Some(end) if end <= terms.volume_bytes => Ok(()),
         _ => Err(outside),
     }
 }
@@ -81,6 +141,98 @@ fn read(wire: &mut Wire, lane: &mut Lane, request: &Request) -> io::Result<()> {
     }
 }
 
+/// A chunk for each slice: its data, or that it is zeros where nothing is stored.
+fn read_in_chunks(wire: &mut Wire, lane: &mut Lane, request: &Request, form: Form) -> io::Result<()> {
+    if request.len == 0 {
+        return wire.put(&Chunk::new(request, form, true, chunk::NONE, &[], 0));
+    }
+    // A slice is what one chunk can hold: more than the 64 KiB that DF is good for at least.
+    if request.flags & FLAG_DF != 0 && request.len as usize > SLICE_BYTES {
+        return wire.put(&Chunk::error(request, form, errno::OVERFLOW, None));
+    }
+    let mut offset = request.offset;
+    let mut left = request.len as usize;
+    while left > 0 {
+        let part = left.min(SLICE_BYTES);
+        let done = part == left;
+        let is_zeros = match reads_as_zeros(lane, offset, part as u64) {
+            Ok(is_zeros) => is_zeros,
+            Err(error) => return wire.put(&Chunk::error(request, form, errno_of(&error), Some(offset))),
+        };
+        let place = offset.to_be_bytes();
+        if is_zeros {
+            let size = (part as u32).to_be_bytes();
+            wire.put(&Chunk::new(request, form, done, chunk::OFFSET_HOLE, &[&place, &size], 0))?;
+        } else {
+            let head = Chunk::new(request, form, done, chunk::OFFSET_DATA, &[&place], part);
+            if let Err(error) = wire.put_filled(&head, part, |data| lane.read(offset, data))? {
+                return wire.put(&Chunk::error(request, form, errno_of(&error), Some(offset)));
+            }
+        }
+        offset += part as u64;
+        left -= part;
+    }
+    Ok(())
+}
+
+fn reads_as_zeros(lane: &mut Lane, offset: u64, len: u64) -> Result<bool, Error> {
+    let mut zeros = true;
+    lane.kinds(offset, len, |kind, _| {
+        zeros &= matches!(kind, PageKind::Empty | PageKind::Zero);
+        zeros
+    })?;
+    Ok(zeros)
+}
+
+/// One chunk for each context that was agreed on.
+fn block_status(wire: &mut Wire, lane: &mut Lane, request: &Request, terms: &Terms) -> io::Result<()> {
+    let most = if request.flags & FLAG_REQ_ONE != 0 { 1 } else { MAX_EXTENTS };
+    let agreed = Context::ALL.into_iter().zip(terms.contexts).filter_map(|(context, agreed)| agreed.then_some(context));
+    let mut told = Vec::with_capacity(Context::ALL.len());
+    for context in agreed {
+        match extents(lane, request, context, most) {
+            Ok(extents) => told.push((context, extents)),
+            Err(error) => return wire.put(&Chunk::error(request, terms.form, errno_of(&error), None)),
+        }
+    }
+    let last = told.len();
+    for (number, (context, extents)) in (1..).zip(told) {
+        let context = (context as u32).to_be_bytes();
+        let count = (extents.len() as u32).to_be_bytes();
+        let (kind, body, each): (_, &[&[u8]], _) = match terms.form {
+            Form::Extended => (chunk::BLOCK_STATUS_EXT, &[&context, &count], 16),
+            _ => (chunk::BLOCK_STATUS, &[&context], 8),
+        };
+        wire.put(&Chunk::new(request, terms.form, number == last, kind, body, extents.len() * each))?;
+        for (bytes, status) in extents {
+            if terms.form == Form::Extended {
+                wire.put(&bytes.to_be_bytes())?;
+                wire.put(&u64::from(status).to_be_bytes())?;
+            } else {
+                wire.put(&(bytes as u32).to_be_bytes())?;
+                wire.put(&status.to_be_bytes())?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Lengths and what is told of them, each unlike the one before.
+fn extents(lane: &mut Lane, request: &Request, context: Context, most: usize) -> Result<Vec<(u64, u32)>, Error> {
+    let mut extents: Vec<(u64, u32)> = Vec::new();
+    lane.kinds(request.offset, request.len, |kind, bytes| {
+        let status = context.status(kind);
+        let count = extents.len();
+        match extents.last_mut() {
+            Some(last) if last.1 == status => last.0 += bytes,
+            _ if count == most => return false,
+            _ => extents.push((bytes, status)),
+        }
+        true
+    })?;
+    Ok(extents)
+}
+
 /// The outer result is the connection's, the inner one the request's.
 fn write(wire: &mut Wire, lane: &mut Lane, request: &Request) -> io::Result<Result<(), u32>> {
     let mut offset = request.offset;
@@ -99,9 +251,11 @@ fn write(wire: &mut Wire, lane: &mut Lane, request: &Request) -> io::Result<Resu
 }
 
 fn without_data(lane: &mut Lane, request: &Request) -> Result<(), u32> {
-    let len = u64::from(request.len);
+    let len = request.len;
     match request.command {
         Command::Flush => return lane.flush().map_err(|error| errno_of(&error)),
+        // All is in memory already.
+        Command::Cache => return Ok(()),
         _ if len == 0 => Ok(()),
         Command::Trim => lane.discard(request.offset, len),
         _ => lane.write_zeroes(request.offset, len),

@@ -224,6 +224,66 @@ impl Raw {
         self.take(10);
     }
 
+    /// Into transmission with structured replies (option 8) or extended headers (11), and both contexts.
+    fn enter_structured(&mut self, form: u32, export: &[u8]) {
+        self.take(18);
+        let name = [&(export.len() as u32).to_be_bytes(), export].concat();
+        let contexts = b"\0\0\0\x02\0\0\0\x0fbase:allocation\0\0\0\x0eghostswap:kind";
+        self.send(&[&3u32.to_be_bytes()]);
+        for (option, data) in
+            [(form, vec![]), (10, [&name, &contexts[..]].concat()), (7, [&name, &[0; 2][..]].concat())]
+        {
+            assert_eq!(self.option(option, &data), 1, "option {option}");
+        }
+    }
+
+    /// Sends an option; the last reply to it.
+    fn option(&mut self, option: u32, data: &[u8]) -> u32 {
+        self.send(&[b"IHAVEOPT", &option.to_be_bytes(), &(data.len() as u32).to_be_bytes(), data]);
+        loop {
+            let reply = self.take(20);
+            self.take(u32::from_be_bytes([reply[16], reply[17], reply[18], reply[19]]) as usize);
+            let what = u32::from_be_bytes([reply[12], reply[13], reply[14], reply[15]]);
+            if what == 1 || what >> 31 == 1 {
+                return what;
+            }
+        }
+    }
+
+    /// A request with an extended header, and the chunks of its reply.
+    fn extended(&mut self, flags: u16, command: u16, offset: u64, len: u64, data: &[u8]) -> Vec<(u16, Vec<u8>)> {
+        let cookie = 0x1122_3344_5566_7788u64.to_be_bytes();
+        let (offset, len) = (offset.to_be_bytes(), len.to_be_bytes());
+        let kind = [flags.to_be_bytes(), command.to_be_bytes()].concat();
+        self.send(&[&0x21e4_1c71u32.to_be_bytes(), &kind, &cookie, &offset, &len, data]);
+        let mut chunks = Vec::new();
+        loop {
+            let head = self.take(32);
+            assert_eq!(head[..4], 0x6e8a_278cu32.to_be_bytes());
+            assert_eq!((&head[8..16], &head[16..24]), (&cookie[..], &offset[..]));
+            let len = u64::from_be_bytes(head[24..].try_into().unwrap());
+            chunks.push((u16::from_be_bytes([head[6], head[7]]), self.take(len as usize)));
+            if head[5] == 1 {
+                return chunks;
+            }
+        }
+    }
+
+    /// The chunks of the next structured reply: kind and content.
+    fn chunks(&mut self) -> Vec<(u16, Vec<u8>)> {
+        let mut chunks = Vec::new();
+        loop {
+            let head = self.take(20);
+            assert_eq!(head[..4], 0x668e_33efu32.to_be_bytes());
+            assert_eq!(head[8..16], 0x1122_3344_5566_7788u64.to_be_bytes());
+            let data = self.take(u32::from_be_bytes([head[16], head[17], head[18], head[19]]) as usize);
+            chunks.push((u16::from_be_bytes([head[6], head[7]]), data));
+            if head[5] == 1 {
+                return chunks;
+            }
+        }
+    }
+
     fn request(&mut self, flags: u16, command: u16, offset: u64, len: u32, data: &[u8]) {
         let cookie = 0x1122_3344_5566_7788u64.to_be_bytes();
         self.send(&[
@@ -247,6 +307,140 @@ impl Raw {
 }
 
 #[test]
+fn clients_see_what_lies_where() {
+    let server = Server::start("map", &["--export", "a", "--export", "old,size=1M,ro"]);
+    let uri = server.uri("a");
+    let write = ["write -P 7 1M 64k", "write -z 2M 64k", "discard 2M 32k", "write -P 9 15T 4k"];
+    qemu_io(&uri, &write);
+    let map = |context: &str| run(Command::new("nbdinfo").args([&format!("--map={context}"), &uri]));
+    let rows = |text: &str| -> Vec<Vec<String>> {
+        text.lines().map(|line| line.split_whitespace().take(3).map(str::to_owned).collect()).collect()
+    };
+    let (m, t) = (1u64 << 20, 1u64 << 40);
+    let expected = |wanted: &[(u64, u64, u32)]| -> Vec<Vec<String>> {
+        wanted.iter().map(|(at, len, what)| vec![at.to_string(), len.to_string(), what.to_string()]).collect()
+    };
+    let tail = (15 * t + 4096, t - 4096);
+    let from = m + (64 << 10);
+    // A page of one byte is filled; zeros that were written are dropped pages.
+    let wanted = [(0, m, 3), (m, 64 << 10, 0), (from, 15 * t - from, 3), (15 * t, 4096, 0), (tail.0, tail.1, 3)];
+    assert_eq!(rows(&map("base:allocation")), expected(&wanted));
+    let wanted = wanted.map(|(at, len, what)| (at, len, if what == 3 { 0 } else { 2 }));
+    assert_eq!(rows(&map("ghostswap:kind")), expected(&wanted));
+    let text = run(Command::new("nbdinfo").arg(&uri));
+    for expected in ["base:allocation", "ghostswap:kind", "can_df: true", "can_cache: true", "can_fast_zero: true"] {
+        assert!(text.contains(expected), "no '{expected}' in\n{text}");
+    }
+    let text = run(Command::new("qemu-img").args(["map", "--output=json", "-f", "raw", &uri]));
+    assert_eq!(text.matches("\"zero\": true").count(), 3, "{text}");
+    assert_eq!(text.matches("\"data\": true").count(), 2, "{text}");
+    let text = run(Command::new("nbdinfo").arg(server.uri("old")));
+    assert!(text.contains("is_read_only: true") && text.contains("can_trim: false"), "{text}");
+    let mut client = server.connect();
+    client.enter(b"old");
+    for (command, data) in [(1, &[1; 4096][..]), (4, b""), (6, b"")] {
+        client.request(0, command, 0, 4096, data);
+        assert_eq!(client.errno(), 1, "command {command}");
+    }
+    server.end();
+}
+
+#[test]
+fn structured_replies_are_whole_and_bounded() {
+    let server = Server::start("chunks", &["--export", "a,size=64M"]);
+    let uri = server.uri("a");
+    qemu_io(&uri, &["write -P 7 0 256k", "write -P 8 512k 4k"]);
+    let mut client = server.connect();
+    client.enter_structured(8, b"a");
+    // Data, zeros that nothing is stored of, data: each in its chunk, with its place.
+    client.request(0, 0, 0, 768 << 10, b"");
+    let chunks = client.chunks();
+    assert_eq!(
+        chunks.iter().map(|(kind, data)| (*kind, data.len())).collect::<Vec<_>>(),
+        [(1, 8 + (256 << 10)), (2, 12), (1, 8 + (256 << 10))]
+    );
+    assert!(chunks[0].1[8..].iter().all(|byte| *byte == 7));
+    assert_eq!(chunks[1].1, [(256u64 << 10).to_be_bytes().as_slice(), &(256u32 << 10).to_be_bytes()].concat());
+    assert_eq!(chunks[2].1[..8], (512u64 << 10).to_be_bytes());
+    assert!(chunks[2].1[8..8 + 4096].iter().all(|byte| *byte == 8));
+    // DF: one chunk, or none at all.
+    client.request(4, 0, 0, 256 << 10, b"");
+    assert_eq!(client.chunks().len(), 1);
+    client.request(4, 0, 0, 512 << 10, b"");
+    assert_eq!(client.chunks(), [(0x8001, [75u32.to_be_bytes().as_slice(), &[0; 2]].concat())]);
+    // Errors of READ and BLOCK_STATUS come in chunks, those of others do not.
+    for (flags, command, offset, len) in
+        [(0, 0, 1, 512), (0, 0, 64 << 20, 512), (0, 7, 0, 0), (0, 7, 1, 512), (2, 7, 0, 512)]
+    {
+        client.request(flags, command, offset, len, b"");
+        let chunks = client.chunks();
+        assert_eq!((chunks.len(), chunks[0].0 >> 15, &chunks[0].1[..4]), (1, 1, &22u32.to_be_bytes()[..]));
+    }
+    client.request(0, 4, 64 << 20, 512, b"");
+    assert_eq!(client.errno(), 22);
+    // One extent where one is asked for, of each context; a bounded number where all could differ.
+    client.request(8, 7, 0, 1 << 20, b"");
+    let extent = |context: u32, len: u32, status: u32| {
+        (5, [context, len, status].into_iter().flat_map(u32::to_be_bytes).collect::<Vec<_>>())
+    };
+    assert_eq!(client.chunks(), [extent(1, 256 << 10, 0), extent(2, 256 << 10, 2)]);
+    for page in (0..8192u64).step_by(2) {
+        client.request(0, 1, page * 4096, 4096, &[page as u8 | 1; 4096]);
+        assert_eq!(client.errno(), 0);
+        client.request(0, 4, (page + 1) * 4096, 4096, b"");
+        assert_eq!(client.errno(), 0);
+    }
+    client.request(0, 7, 0, 64 << 20, b"");
+    let chunks = client.chunks();
+    assert_eq!(chunks.iter().map(|(kind, data)| (*kind, data.len())).collect::<Vec<_>>(), [(5, 4 + 2048 * 8); 2]);
+    assert!(chunks[0].1[4..].chunks(8).all(|extent| extent[..4] == 4096u32.to_be_bytes()));
+    server.end();
+}
+
+#[test]
+fn extended_headers_take_lengths_of_16_tebibytes() {
+    let server = Server::start("extended", &["--export", "a"]);
+    let all = 16u64 << 40;
+    let mut client = server.connect();
+    client.enter_structured(11, b"a");
+    let done = vec![(0u16, vec![])];
+    let failed = |errno: u32| vec![(0x8001u16, [errno.to_be_bytes().as_slice(), &[0; 2]].concat())];
+    // Data follows a write, and where the flag says so; only a write takes it.
+    assert_eq!(client.extended(32, 1, 1 << 20, 4096, &[7; 4096]), done);
+    assert_eq!(client.extended(0, 1, 1 << 20, 4096, &[7; 4096]), done);
+    assert_eq!(client.extended(32, 0, 0, 4096, &[7; 4096]), failed(22));
+    assert_eq!(client.extended(32, 7, 0, 4096, &[7; 4096]), failed(22));
+    assert_eq!(client.extended(0, 0, 0, all, b""), failed(22));
+    assert_eq!(client.extended(0, 4, 1, u64::MAX, b""), failed(22));
+    let chunks = client.extended(0, 0, 1 << 20, 4096, b"");
+    assert_eq!((chunks.len(), chunks[0].0, &chunks[0].1[8..]), (1, 1, &[7; 4096][..]));
+    let status = |context: u32, extents: &[(u64, u64)]| {
+        let head = [context, extents.len() as u32].into_iter().flat_map(u32::to_be_bytes);
+        (6u16, head.chain(extents.iter().flat_map(|(len, what)| [*len, *what]).flat_map(u64::to_be_bytes)).collect())
+    };
+    let rest = all - (1 << 20) - 4096;
+    let told = client.extended(0, 7, 0, all, b"");
+    let runs = |hole, data| [(1 << 20, hole), (4096, data), (rest, hole)];
+    assert_eq!(told, [status(1, &runs(3, 0)), status(2, &runs(0, 2))]);
+    assert_eq!(client.extended(0, 5, 0, all, b""), done);
+    assert_eq!(client.extended(0, 6, 0, all - 512, b""), done);
+    assert_eq!(client.extended(0, 4, 0, all, b""), done);
+    assert_eq!(client.extended(0, 3, 0, 0, b""), done);
+    assert_eq!(client.extended(0, 7, 0, all, b""), [status(1, &[(all, 3)]), status(2, &[(all, 0)])]);
+    // More data than there can be is not waited for.
+    client.send(&[&0x21e4_1c71u32.to_be_bytes(), &[0, 32, 0, 0], &[0; 16], &u64::MAX.to_be_bytes()]);
+    assert!(client.is_hung_up_on());
+    // The weaker form is refused after the stronger.
+    let mut client = server.connect();
+    client.take(18);
+    client.send(&[&3u32.to_be_bytes()]);
+    assert_eq!([client.option(11, b""), client.option(8, b""), client.option(11, b"")], [1, 1 << 31 | 10, 1]);
+    client.send(&[b"IHAVEOPT", &1u32.to_be_bytes(), &1u32.to_be_bytes(), b"a"]);
+    assert!(client.is_hung_up_on());
+    server.end();
+}
+
+#[test]
 fn a_rude_client_hurts_only_itself() {
     let server = Server::start("rude", &["--export", "a,size=1M", "--max-lanes", "8"]);
     let huge = [&3u32.to_be_bytes()[..], b"IHAVEOPT", &7u32.to_be_bytes(), &u32::MAX.to_be_bytes()].concat();
@@ -265,8 +459,11 @@ fn a_rude_client_hurts_only_itself() {
         (6, b"", 3),
         (6, b"\0\0\0\x04none\0\0", 6),
         (3, b"x", 3),
-        (8, b"", 1),
+        (8, b"x", 3),
+        (9, b"", 3),
+        (10, b"\0\0\0\x01a\0\0\0\0", 3),
         (5, b"", 1),
+        (11, b"x", 3),
         (99, &[7; 60000], 1),
         (7, &[0; 60000], 9),
     ] {
@@ -291,6 +488,12 @@ fn a_rude_client_hurts_only_itself() {
         (0, 6, u64::MAX, u32::MAX, b"", 28),
         (0x8000, 3, 0, 0, b"", 22),
         (0, 77, 0, 0, b"", 22),
+        (4, 0, 0, 512, b"", 22),
+        (0, 7, 0, 4096, b"", 22),
+        (0, 5, 1 << 20, 512, b"", 22),
+        (0, 5, 0, 1 << 20, b"", 0),
+        (16, 6, 0, 512, b"", 0),
+        (16, 4, 0, 512, b"", 22),
         (0, 3, 0, 0, b"", 0),
         (1, 1, 4096, 4096, &[9; 4096], 0),
         (0, 1, 0, 0, b"", 0),

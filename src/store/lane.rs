@@ -27,7 +27,7 @@ struct Decoded {
 /// One I/O thread's way into a [`crate::Volume`].
 pub struct Lane {
     store: Store,
-    volume: VolumeId,
+    pub(super) volume: VolumeId,
     index: usize,
     appender: Appender,
     /// The last group decoded, and where it came from: neighbours are often read next, each alone.
@@ -173,7 +173,7 @@ impl Lane {
 
     // --- within ---------------------------------------------------------------------------------
 
-    fn check(&self, offset: u64, len: u64) -> Result<()> {
+    pub(super) fn check(&self, offset: u64, len: u64) -> Result<()> {
         let volume_bytes = self.store.volume_bytes(self.volume);
         if offset.checked_add(len).is_none_or(|end| end > volume_bytes) {
             return Err(Error::OutOfRange { offset, len, volume_bytes });
@@ -201,7 +201,7 @@ impl Lane {
         c.store(c.load(Ordering::Relaxed) + bytes.div_ceil(PAGE_BYTES) as u64, Ordering::Relaxed);
     }
 
-    fn in_epoch<T>(&mut self, body: impl FnOnce(&mut Lane, &Shared) -> T) -> T {
+    pub(super) fn in_epoch<T>(&mut self, body: impl FnOnce(&mut Lane, &Shared) -> T) -> T {
         let shared = self.store.shared().clone();
         shared.epochs.enter(self.index);
         self.group_of = self.group_of.filter(|group| group.sealed.is_some());

@@ -16,6 +16,7 @@ mod append;
 mod audit;
 mod clean;
 mod grow;
+mod kinds;
 mod lane;
 #[cfg(all(test, loom))]
 mod models;
@@ -25,6 +26,7 @@ mod standby;
 #[cfg(feature = "crash-points")]
 mod steps;
 
+pub use kinds::PageKind;
 pub use lane::Lane;
 pub use standby::Standby;
 #[cfg(feature = "crash-points")]
