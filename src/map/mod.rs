@@ -92,15 +92,17 @@ impl Map {
         }
     }
 
-    /// First page of the next 2 GiB that has a node, from `cluster` on: how a discard of 16T
+    /// The first cluster from `cluster` on and before `end` that has a leaf: how a discard of 16T
     /// passes over what was never written.
-    pub fn next_present(&self, arena: &Arena, v: VolumeId, cluster: usize) -> Option<usize> {
+    pub fn next_present(&self, arena: &Arena, v: VolumeId, cluster: usize, end: usize) -> Option<usize> {
         let mut at = cluster;
-        while at < MAX_CLUSTERS {
+        let end = end.min(MAX_CLUSTERS);
+        while at < end {
             match child(&arena.root(v)[at / NODE_ENTRIES]) {
                 None => at = (at / NODE_ENTRIES + 1) * NODE_ENTRIES,
                 Some(node) => {
-                    let links = &arena.node(node)[at % NODE_ENTRIES..];
+                    let from = at % NODE_ENTRIES;
+                    let links = &arena.node(node)[from..NODE_ENTRIES.min(from + end - at)];
                     if let Some(n) = links.iter().position(|l| child(l).is_some()) {
                         return Some(at + n);
                     }

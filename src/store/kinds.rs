@@ -55,7 +55,8 @@ impl Lane {
         let mut at = offset;
         while at < end {
             let cluster = (at / cluster_bytes) as usize;
-            let present = self.in_epoch(|lane, s| s.map.next_present(&s.arena, lane.volume, cluster));
+            let last = end.div_ceil(cluster_bytes) as usize;
+            let present = self.in_epoch(|lane, s| s.map.next_present(&s.arena, lane.volume, cluster, last));
             let begins = present.map_or(end, |n| (n as u64 * cluster_bytes).clamp(at, end));
             if begins > at && !add(PageKind::Empty, begins - at) {
                 return Ok(());

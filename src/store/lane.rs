@@ -134,7 +134,9 @@ impl Lane {
         let mut at = first;
         while at < end {
             let cluster = (at / CLUSTER_PAGES as u64) as usize;
-            let Some(next) = self.in_epoch(|lane, s| s.map.next_present(&s.arena, lane.volume, cluster)) else { break };
+            let last = end.div_ceil(CLUSTER_PAGES as u64) as usize;
+            let next = self.in_epoch(|lane, s| s.map.next_present(&s.arena, lane.volume, cluster, last));
+            let Some(next) = next else { break };
             at = at.max((next * CLUSTER_PAGES) as u64);
             if at >= end {
                 break;
