@@ -184,8 +184,8 @@ impl Agent {
             Request::Stop { .. } => r#"{"cmd":"stop"}"#,
             Request::Resize { bytes } => &format!(r#"{{"cmd":"resize","bytes":{bytes}}}"#),
             Request::Recompress => r#"{"cmd":"recompress"}"#,
-            Request::Upgrade { program } => {
-                return match program.to_str().is_some_and(|path| self.shared.ask_upgrade(path)) {
+            Request::Upgrade { program, order } => {
+                return match program.to_str().is_some_and(|path| self.shared.ask_upgrade(path, order)) {
                     true => Answer::done(),
                     false => Answer::refusal("the program's path is too long or not UTF-8"),
                 }

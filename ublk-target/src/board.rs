@@ -255,10 +255,14 @@ impl Shared {
         None
     }
 
-    /// Asks the supervisor to upgrade. False: the path is too long.
-    pub fn ask_upgrade(&self, program: &str) -> bool {
+    /// Asks the supervisor to upgrade, unless this very order was passed on already. False: the path is
+    /// too long.
+    pub fn ask_upgrade(&self, program: &str, order: u64) -> bool {
+        if order != 0 && self.board.upgrade_to.get().0 == order {
+            return true;
+        }
         self.set_upgrade_error("");
-        let put = self.board.upgrade_to.put(0, program.as_bytes());
+        let put = self.board.upgrade_to.put(order, program.as_bytes());
         ring(&self.to_supervisor);
         put
     }
@@ -331,6 +335,16 @@ mod tests {
             assert_eq!(s.ask("so", Duration::from_secs(5)).as_deref(), Some("so, indeed"));
         });
         assert_eq!(s.ask("nobody hears", Duration::from_millis(200)), None);
+    }
+
+    #[test]
+    fn an_order_given_twice_is_heard_once() {
+        let s = Shared::new().unwrap();
+        let heard = || crate::signals::poll([s.supervisor_bell()], Duration::ZERO)[0].then(|| s.upgrade_wanted());
+        for (order, hears) in [(7, true), (7, false), (8, true), (0, true), (0, true)] {
+            assert!(s.ask_upgrade("/new", order));
+            assert_eq!(heard().is_some(), hears, "{order}");
+        }
     }
 
     #[test]

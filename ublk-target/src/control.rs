@@ -9,7 +9,7 @@
 //! | `{"cmd":"swapon","what":"windows"}` | `{"ok":true}` once it is swapped to; also `"whole"`, `{"window":BYTES}` |
 //! | `{"cmd":"swapoff"}` | `{"ok":true}`: the daemon opens and closes no more windows |
 //! | `{"cmd":"recompress"}` | `{"ok":true}`: all that is not cold yet will be compressed again |
-//! | `{"cmd":"upgrade","program":"/path"}` | `{"ok":true}` once the supervisor was told; status tells the rest |
+//! | `{"cmd":"upgrade","program":"/path","order":7}` | `{"ok":true}` once the supervisor was told; status tells the rest |
 //!
 //! A refusal is `{"ok":false,"error":"one line"}`. The agent serves it; a client that sends nothing
 //! is cut off after a second.
@@ -62,6 +62,10 @@ pub enum Request {
     Upgrade {
         /// Its path.
         program: PathBuf,
+        /// A number of the client's own: the answer may be lost with the agent that is replaced, and the
+        /// same order given once more is carried out once. 0: every time.
+        #[serde(default)]
+        order: u64,
     },
 }
 
@@ -145,7 +149,7 @@ pub fn listen(id: u32) -> Result<UnixListener> {
 }
 
 /// Sends a request to a device's daemon. `None`: there is no daemon. An agent that is just being
-/// replaced is waited for: asking twice does no harm.
+/// replaced is waited for, so a request may be carried out twice: where that matters it has a number.
 pub fn ask(id: u32, request: &Request) -> Result<Option<Answer>> {
     let line = format!("{}\n", serde_json::to_string(request)?);
     let began = Instant::now();

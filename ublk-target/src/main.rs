@@ -196,7 +196,9 @@ fn run_upgrade(id: u32, program: Option<PathBuf>) -> Result<()> {
         None => std::env::current_exe().context("cannot find this program's own path")?,
     };
     handover::check(&before, &handover::formats_of(&program)?)?;
-    match control::ask(id, &Request::Upgrade { program })? {
+    let since_1970 = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    let order = since_1970.as_nanos() as u64 | 1;
+    match control::ask(id, &Request::Upgrade { program, order })? {
         Some(answer) if !answer.ok => bail!("{}", answer.error.unwrap_or_else(|| "the daemon refused".into())),
         _ => {}
     }
