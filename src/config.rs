@@ -1,6 +1,10 @@
 //! What a user can choose, and the checks that turn it into what the store accepts.
 //! Flags, keys and fields have the same names.
 
+mod tier;
+
+pub use tier::{DiskTier, Place, RamTier, TierConfig};
+
 use crate::error::{Error, Result};
 use crate::page::PAGE_BYTES;
 use std::fmt;
@@ -127,87 +131,6 @@ impl fmt::Display for CodecChoice {
     }
 }
 
-/// One `--tier`: `ram[,limit=SIZE|PERCENT%][,codec=lz4|zstd[:LEVEL]][,group=SIZE][,idle=TIME]`.
-#[derive(Clone, Debug, PartialEq)]
-pub struct TierConfig {
-    /// Memory the tier may hold. Default: half of the machine's.
-    pub limit: Limit,
-    /// Compression. Default: lz4.
-    pub codec: CodecChoice,
-    /// Contiguous bytes compressed together, 4K to 64K. Default 4K: every page alone.
-    pub group: u32,
-    /// Of a second tier: seconds after which what was written is compressed again. Default: 600.
-    pub idle_s: Option<u32>,
-}
-
-impl Default for TierConfig {
-    fn default() -> Self {
-        TierConfig { limit: Limit::Default, codec: CodecChoice::Lz4, group: PAGE_BYTES as u32, idle_s: None }
-    }
-}
-
-impl FromStr for TierConfig {
-    type Err = String;
-    fn from_str(s: &str) -> std::result::Result<Self, String> {
-        let mut parts = s.split(',');
-        match parts.next() {
-            Some("ram") => {}
-            other => return Err(format!("unknown tier '{}': known kinds are: ram", other.unwrap_or(""))),
-        }
-        let mut tier = TierConfig::default();
-        for part in parts {
-            let Some((key, value)) = part.split_once('=') else {
-                return Err(format!("tier option '{part}' wants a value, as in limit=4G"));
-            };
-            match key {
-                "limit" => tier.limit = value.parse()?,
-                "codec" => tier.codec = value.parse()?,
-                "group" => tier.group = parse_group(value)?,
-                "idle" => tier.idle_s = Some(parse_time(value)?),
-                _ => return Err(format!("unknown tier option '{key}': known are limit, codec, group, idle")),
-            }
-        }
-        if let Limit::Bytes(b) = tier.limit {
-            if b < MIN_LIMIT_BYTES {
-                return Err(format!("limit={b} is too small: at least 4M"));
-            }
-        }
-        Ok(tier)
-    }
-}
-
-/// Seconds of a time such as `90`, `90s`, `10m`, `2h`.
-fn parse_time(text: &str) -> std::result::Result<u32, String> {
-    let (digits, unit) = match text.char_indices().last() {
-        Some((at, 's')) => (&text[..at], 1),
-        Some((at, 'm')) => (&text[..at], 60),
-        Some((at, 'h')) => (&text[..at], 3600),
-        _ => (text, 1),
-    };
-    let seconds = digits.parse::<u32>().ok().and_then(|n| n.checked_mul(unit));
-    seconds.ok_or_else(|| format!("'{text}' is not a time: give a whole number with an optional s, m, h, as in 10m"))
-}
-
-fn parse_group(value: &str) -> std::result::Result<u32, String> {
-    match parse_size(value)? {
-        b @ (0x1000 | 0x2000 | 0x4000 | 0x8000 | 0x10000) => Ok(b as u32),
-        _ => Err(format!("group={value}: one of 4K, 8K, 16K, 32K, 64K")),
-    }
-}
-
-impl fmt::Display for TierConfig {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "ram")?;
-        match self.limit {
-            Limit::Bytes(b) => write!(f, ",limit={b}")?,
-            Limit::Percent(p) => write!(f, ",limit={p}%")?,
-            Limit::Default => {}
-        }
-        write!(f, ",codec={},group={}", self.codec, self.group)?;
-        self.idle_s.map_or(Ok(()), |s| write!(f, ",idle={s}s"))
-    }
-}
-
 /// Smallest memory limit: a few segments for writers, two for the cleaner, the map's nodes.
 pub const MIN_LIMIT_BYTES: u64 = 4 << 20;
 
@@ -253,6 +176,10 @@ pub(crate) struct Checked {
     /// Memory that may be held before pages are compressed again whatever their age.
     pub hot_bytes: u64,
     pub cold: Option<Cold>,
+    /// Where segments go that memory has no room for.
+    pub below: Option<DiskTier>,
+    /// Bytes of it, once it is open.
+    pub below_bytes: u64,
 }
 
 /// How pages that have lain still are compressed again.
@@ -288,11 +215,12 @@ impl Checked {
 impl StoreConfig {
     pub(crate) fn validate(&self, ram_bytes: u64) -> Result<Checked> {
         let bad = |why: String| Err(Error::InvalidConfig(why));
-        let (tier, second) = match self.tiers.as_slice() {
-            [] => (TierConfig::default(), None),
-            [one] => (one.clone(), None),
-            [one, second] => (one.clone(), Some(second)),
-            _ => return bad("at most two tiers are supported: one to write to, one to compress again in".into()),
+        let (ram, disk) = in_order(&self.tiers)?;
+        let (tier, second) = match ram.as_slice() {
+            [] => (RamTier::default(), None),
+            [one] => ((*one).clone(), None),
+            [one, second] => ((*one).clone(), Some(*second)),
+            _ => return bad("at most two ram tiers are supported: one to write to, one to compress again in".into()),
         };
         if tier.idle_s.is_some() {
             return bad("idle= belongs to a second tier, below the one that is written to".into());
@@ -341,8 +269,26 @@ impl StoreConfig {
             codecs_seen: tier.codec.bit() | second.map_or(0, |t| t.codec.bit()),
             hot_bytes,
             cold,
+            below: disk.cloned(),
+            below_bytes: 0,
         })
     }
+}
+
+/// The tiers by kind, in the order in which pages go down.
+fn in_order(tiers: &[TierConfig]) -> Result<(Vec<&RamTier>, Option<&DiskTier>)> {
+    let (mut ram, mut disk) = (Vec::new(), None);
+    for tier in tiers {
+        match tier {
+            _ if disk.is_some() => {
+                let why = "nothing goes below a file or block tier: it is the last, and there is one at most";
+                return Err(Error::InvalidConfig(why.into()));
+            }
+            TierConfig::Ram(tier) => ram.push(tier),
+            TierConfig::Disk(tier) => disk = Some(tier),
+        }
+    }
+    Ok((ram, disk))
 }
 
 #[cfg(test)]
@@ -362,30 +308,6 @@ mod tests {
     }
 
     #[test]
-    fn tiers() {
-        let t: TierConfig = "ram,limit=25%,codec=zstd:3,group=64K".parse().unwrap();
-        assert_eq!((t.limit, t.codec, t.group), (Limit::Percent(25), CodecChoice::Zstd(3), 65536));
-        assert_eq!(t.to_string().parse::<TierConfig>().unwrap(), t);
-        let t: TierConfig = "ram,codec=zstd:3,idle=10m".parse().unwrap();
-        assert_eq!((t.limit, t.idle_s), (Limit::Default, Some(600)));
-        assert_eq!(t.to_string().parse::<TierConfig>().unwrap(), t);
-        for bad in [
-            "",
-            "disk",
-            "ram,limit=0%",
-            "ram,limit=1K",
-            "ram,codec=gzip",
-            "ram,codec=zstd:99",
-            "ram,x=1",
-            "ram,limit",
-            "ram,idle=ever",
-        ] {
-            let e = bad.parse::<TierConfig>().unwrap_err();
-            assert!(!e.contains('\n'), "{e}");
-        }
-    }
-
-    #[test]
     fn a_second_tier_adds_its_limit_or_shares_the_first_ones() {
         let check = |tiers: &[&str]| {
             let tiers = tiers.iter().map(|t| t.parse().unwrap()).collect();
@@ -399,5 +321,9 @@ mod tests {
         assert!(check(&["ram", "ram"]).is_err(), "it would compress no better");
         assert!(check(&["ram,idle=5"]).is_err());
         assert!(check(&["ram", "ram,limit=60%,codec=zstd"]).is_err(), "more than there is");
+        let below = check(&["ram,limit=100M", "ram,codec=zstd:3,group=64K", "file:/x,size=1G"]).unwrap();
+        assert_eq!((below.limit_bytes, below.below.unwrap().size), (100 << 20, Some(1 << 30)));
+        assert!(check(&["file:/x,size=1G", "ram"]).is_err(), "the wrong way round");
+        assert!(check(&["ram", "file:/x,size=1G", "block:/dev/y"]).is_err(), "two below");
     }
 }

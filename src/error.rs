@@ -45,6 +45,22 @@ pub enum Error {
     InvalidConfig(String),
     /// What was handed over as an arena cannot be opened as one; says why. Nothing in it was lost.
     BadArena(String),
+    /// A disk tier that cannot be used; says which and why. Nothing in it was changed.
+    BadTier {
+        /// Its path.
+        tier: String,
+        /// What is wrong.
+        why: String,
+    },
+    /// A page that lies on a disk tier could not be read.
+    Unreadable {
+        /// Number of the page within its volume.
+        page: u32,
+        /// Logical segment of its record.
+        segment: u32,
+        /// What the disk answered.
+        source: std::io::Error,
+    },
     /// No volume has this number.
     NoVolume {
         /// The number asked for.
@@ -80,6 +96,10 @@ impl fmt::Display for Error {
             }
             Error::InvalidConfig(why) => write!(f, "{why}"),
             Error::BadArena(why) => write!(f, "the arena cannot be opened: {why}"),
+            Error::BadTier { tier, why } => write!(f, "tier {tier} cannot be used: {why}"),
+            Error::Unreadable { page, segment, source } => {
+                write!(f, "page {page}: its record in segment {segment} cannot be read from its tier: {source}")
+            }
             Error::NoVolume { volume } => write!(f, "there is no volume {volume}"),
             Error::TooMany { what, max } => write!(f, "all {max} {what} are in use"),
             Error::System { what, source } => write!(f, "{what}: {source}"),
@@ -90,7 +110,7 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
-            Error::System { source, .. } => Some(source),
+            Error::System { source, .. } | Error::Unreadable { source, .. } => Some(source),
             _ => None,
         }
     }

@@ -7,8 +7,11 @@
 //! offset, the segment table says where the segment is, the record is decompressed into the
 //! caller's buffer. Neither takes a lock, allocates, or waits.
 //!
+//! A record that lies on a disk tier is fetched first (`store/fetch.rs`): a lane says what to read, and
+//! whoever serves requests reads it as it likes best.
+//!
 //! Behind them the growth thread keeps memory ready (`store/grow.rs`) and the cleaner makes room
-//! (`store/clean.rs`). What a store wrote outlives it: [`Store::open_arena`] takes up the arena
+//! (`store/clean.rs`), on disk if need be (`store/demote.rs`). What a store wrote outlives it: [`Store::open_arena`] takes up the arena
 //! that a killed process left (`store/recover.rs`). docs/ARCHITECTURE.md tells the rest.
 
 #![cfg_attr(loom, allow(dead_code, reason = "models simulate the mapping and need no file"))]
@@ -20,12 +23,14 @@ mod arena;
 mod codec;
 pub mod config;
 mod error;
+mod io;
 mod log;
 mod map;
 mod page;
 mod stats;
 mod store;
 mod sync;
+mod tier;
 mod volume;
 
 pub use arena::{create_arena, Spare, ARENA_VERSION};
@@ -34,12 +39,13 @@ pub use config::{StoreConfig, TierConfig};
 #[doc(hidden)]
 pub use crash::set_hook as set_crash_hook;
 pub use error::{Error, Result};
+pub use io::Buffer;
 pub use page::{MAX_VOLUMES, MAX_VOLUME_BYTES, PAGE_BYTES};
 pub use stats::Stats;
 #[cfg(feature = "crash-points")]
 #[doc(hidden)]
 pub use store::Steps;
-pub use store::{Lane, PageKind, Standby, Store};
+pub use store::{Fetch, Lane, PageKind, Standby, Store, Taken};
 pub use volume::Volume;
 
 /// Bytes of a record's header for a page stored alone.

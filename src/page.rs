@@ -39,6 +39,10 @@ pub struct SegmentId(pub u32);
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct FrameNo(pub u32);
 
+/// An extent of the tier below: where the bytes of a segment on disk are.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ExtentNo(pub u32);
+
 /// A 4 KiB page of metadata in the arena: a node of the map. Never 0.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct MetaNo(pub u32);

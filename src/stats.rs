@@ -38,6 +38,34 @@ pub struct Stats {
     /// Live bytes of records that were compressed again.
     pub cold_bytes: u64,
     pub recompressed_segments: u64,
+    /// The disk tier, if there is one.
+    pub disk: Option<DiskStats>,
+}
+
+/// What lies on a disk tier.
+#[derive(Clone, Debug, Serialize)]
+#[allow(missing_docs, reason = "each field is explained where it is not plain")]
+pub struct DiskStats {
+    pub path: String,
+    pub capacity_bytes: u64,
+    /// In extents that hold a segment, live or dead.
+    pub used_bytes: u64,
+    /// Bytes of records there that are live.
+    pub live_bytes: u64,
+    pub written_bytes: u64,
+    pub written_segments: u64,
+    /// Reads for pages, of one block or a few.
+    pub fetches: u64,
+    pub fetched_bytes: u64,
+    pub compacted_segments: u64,
+    pub write_errors: u64,
+    pub read_errors: u64,
+    /// Fetches whose blocks were not what was written there.
+    pub corrupt: u64,
+    /// The last page found so: volume and number.
+    pub last_corrupt: Option<(u64, u64)>,
+    /// The last write failed: it rests and is tried again.
+    pub failing: bool,
 }
 
 impl Stats {
@@ -81,6 +109,26 @@ impl fmt::Display for Stats {
                 format_size(self.cold_bytes),
                 self.recompressed_segments
             )?;
+        }
+        if let Some(d) = &self.disk {
+            writeln!(
+                f,
+                "disk      {} of {} at {}: {} live; {} written, {} fetched in {} reads{}",
+                format_size(d.used_bytes),
+                format_size(d.capacity_bytes),
+                d.path,
+                format_size(d.live_bytes),
+                format_size(d.written_bytes),
+                format_size(d.fetched_bytes),
+                d.fetches,
+                if d.failing { "; WRITES FAIL" } else { "" }
+            )?;
+            if d.write_errors + d.read_errors > 0 {
+                writeln!(f, "          {} writes failed, {} reads failed", d.write_errors, d.read_errors)?;
+            }
+            if let Some((volume, page)) = d.last_corrupt {
+                writeln!(f, "DAMAGED   {} reads, the last of page {page} of volume {volume}", d.corrupt)?;
+            }
         }
         writeln!(f, "metadata  {:.1} bytes per stored page", self.metadata_per_page())?;
         writeln!(

@@ -178,7 +178,7 @@ fn env(name: &str, default: u64) -> u64 {
 }
 
 fn run(tier: &str) {
-    let ops = env("GHOSTSWAP_MODEL_OPS", 200_000) / 5;
+    let ops = env("GHOSTSWAP_MODEL_OPS", 200_000) / 7;
     let seed = env(
         "GHOSTSWAP_MODEL_SEED",
         Instant::now().elapsed().as_nanos() as u64 ^ u64::from(std::process::id()) << 20 ^ 0x9e37_79b9,
@@ -219,7 +219,8 @@ fn run(tier: &str) {
     let full = store.stats();
     println!("{full}");
     assert!(full.cleaned_segments > 0, "the limit is tiny enough for the cleaner to work");
-    assert_eq!(full.recompressed_segments > 0, tier.contains(" + "), "only with a second tier");
+    assert_eq!(full.recompressed_segments > 0, tier.contains(" + ram"), "only with a second tier");
+    assert_eq!(full.disk.as_ref().is_some_and(|disk| disk.fetches > 0), tier.contains(" + file"), "only with a disk");
     for v in &volumes {
         v.lane().unwrap().discard(0, v.bytes()).unwrap();
     }
@@ -229,6 +230,24 @@ fn run(tier: &str) {
     assert_eq!((stats.stored_pages, stats.filled_pages, stats.zero_pages), (0, 0, 0), "{stats}");
     assert_eq!(stats.live_bytes, 0, "exact accounting: {stats}");
     assert_eq!(stats.map_bytes, 0, "every leaf and node is given back: {stats}");
+}
+
+/// Most pages lie on disk, and what is there dies as fast as it goes down.
+#[test]
+fn lz4_pages_above_a_disk() {
+    run_on_disk("ram,limit=6M,codec=lz4", "");
+}
+
+#[test]
+fn cold_groups_above_a_disk() {
+    run_on_disk("ram,limit=6M,codec=lz4 + ram,limit=4M,codec=zstd:3,group=64K,idle=0s", ",encrypt=off");
+}
+
+fn run_on_disk(ram: &str, options: &str) {
+    let dir = std::env::temp_dir().join(format!("ghostswap-model-{}-{}", std::process::id(), options.len()));
+    std::fs::create_dir_all(&dir).unwrap();
+    run(&format!("{ram} + file:{},size=24M{options}", dir.join("cold").display()));
+    std::fs::remove_dir_all(dir).unwrap();
 }
 
 #[test]

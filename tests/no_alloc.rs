@@ -28,6 +28,8 @@ use std::time::{Duration, Instant};
 const LANE: &[libc::c_long] = &[libc::SYS_futex, libc::SYS_sched_yield];
 /// `write`, and `write_zeroes` of parts of pages, which may have to wait for room: these sleep.
 const PATIENT: &[libc::c_long] = &[libc::SYS_futex, libc::SYS_sched_yield, libc::SYS_clock_nanosleep];
+/// With a disk lanes read from it when they are asked to read what is there and to wait for it.
+const DISK: &[libc::c_long] = &[libc::SYS_futex, libc::SYS_sched_yield, libc::SYS_clock_nanosleep, libc::SYS_pread64];
 const CLEANER: &[libc::c_long] = LANE;
 /// Growth makes memory resident, gives it back and asks how much there is (of
 /// /proc/zoneinfo too, by a descriptor that was opened before), and sleeps while a lane
@@ -65,6 +67,7 @@ struct Plan {
     tid: AtomicI32,
     short: AtomicU64,
     patient: bool,
+    disk: bool,
     base: u64,
 }
 
@@ -121,6 +124,7 @@ fn work(plan: &Plan, corpus: &[u8]) -> ! {
     let mut buf = vec![1; 32 * PAGE];
     plan.tid.store(tid(), Ordering::Release);
     match plan.patient {
+        _ if plan.disk => confine("a lane above a disk", DISK),
         true => confine("a lane that may wait", PATIENT),
         false => confine("a lane", LANE),
     }
@@ -172,6 +176,8 @@ fn on_start(name: &str) {
             LAST_CLEANER.store(tid(), Ordering::Release);
             confine("the cleaner", CLEANER);
         }
+        // It waits for the disk, and asks for memory where nobody waits for it.
+        "mover" => {}
         _ => confine("growth", GROWTH),
     }
 }
@@ -223,6 +229,7 @@ impl Bench {
                 tid: AtomicI32::new(0),
                 short: AtomicU64::new(0),
                 patient: k == 0,
+                disk: tier.contains("file:"),
                 base: k * 3 * RANGE_PAGES * PAGE as u64,
             });
             let (its, corpus) = (plan.clone(), corpus.clone());
@@ -325,6 +332,14 @@ fn zstd_groups() {
 #[test]
 fn pages_compressed_again() {
     confined_store("ram,limit=14M,codec=lz4 + ram,codec=zstd:3,group=64K,idle=0");
+}
+
+/// The lanes of which most pages lie on disk.
+#[test]
+fn lz4_single_pages_above_a_disk() {
+    let file = std::env::temp_dir().join(format!("ghostswap-no-alloc-{}", std::process::id()));
+    confined_store(&format!("ram,limit=10M,codec=lz4 + file:{},size=16M", file.display()));
+    std::fs::remove_file(file).unwrap();
 }
 
 /// That a confined thread is caught at each of these is what the tests above rest on.

@@ -194,6 +194,18 @@ fn env(name: &str, default: u64) -> u64 {
 
 #[test]
 fn killed_at_any_moment_nothing_acknowledged_is_lost() {
+    kill_again_and_again("");
+}
+
+/// Memory holds a part of it.
+#[test]
+fn killed_at_any_moment_nothing_on_disk_is_lost() {
+    let file = std::env::temp_dir().join(format!("ghostswap-recover-{}", std::process::id()));
+    kill_again_and_again(&format!(" + file:{},size=64M", file.display()));
+    std::fs::remove_file(file).unwrap();
+}
+
+fn kill_again_and_again(disk: &str) {
     let lives = env("GHOSTSWAP_RECOVER_LIVES", 60);
     let clock = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64;
     let seed = env("GHOSTSWAP_RECOVER_SEED", clock & 0xffff_ffff);
@@ -204,9 +216,9 @@ fn killed_at_any_moment_nothing_acknowledged_is_lost() {
     let mut rng = Rng(seed | 1);
     let (mut cleaned, mut early) = (0, 0);
     let begin = |life: u64, rng: &mut Rng| {
-        let tier = TIERS[rng.below(TIERS.len() as u64) as usize];
+        let tier = format!("{}{disk}", TIERS[rng.below(TIERS.len() as u64) as usize]);
         let life_seed = rng.next() >> 33 | 1;
-        fork(|| match live(&arena, tier, &ledger, &board, life_seed, life) {
+        fork(|| match live(&arena, &tier, &ledger, &board, life_seed, life) {
             Ok(()) => 0,
             Err(e) => {
                 eprintln!("seed {seed}, life {life}, {tier}: {e}");
@@ -243,7 +255,8 @@ fn killed_at_any_moment_nothing_acknowledged_is_lost() {
     }
     println!("seed {seed}: {lives} lives, {early} of them killed before they wrote, {cleaned} segments cleaned");
     assert!(cleaned > lives, "the limit is tiny enough for the cleaner to work: {cleaned}");
-    let store = take_up(&arena, TIERS[0], &ledger).unwrap_or_else(|e| panic!("seed {seed}, at the end: {e}"));
+    let store = take_up(&arena, &format!("{}{disk}", TIERS[0]), &ledger)
+        .unwrap_or_else(|e| panic!("seed {seed}, at the end: {e}"));
     for v in store.volumes() {
         v.lane().unwrap().discard(0, v.bytes()).unwrap();
     }
@@ -341,8 +354,8 @@ fn what_is_no_arena_of_ours_is_refused_and_keeps_what_it_holds() {
     for (at, word, says) in [
         (0, 0, "magic"),
         (0, u64::from_le_bytes(*b"SWAPSPCE"), "magic"),
-        (8, 1, "version 1; this program reads 2"),
-        (8, 3, "version 3"),
+        (8, 1, "version 1; this program reads 3"),
+        (8, 2, "version 2"),
         (16, 4096, "do not make up"),
         (24, frames + 1, "do not make up"),
         (512, 4097, "sizes"),
@@ -398,7 +411,7 @@ fn a_slot_that_cannot_be_costs_its_page_alone() {
 fn an_arena_not_finished_is_begun_anew_and_other_data_is_not_touched() {
     let sized = create_arena(false).unwrap();
     std::fs::File::from(sized.try_clone().unwrap()).set_len(123 << 20).unwrap();
-    poke(&sized, 8, 2);
+    poke(&sized, 8, 3);
     let store = Store::open_arena(config("ram,limit=16M"), sized).unwrap();
     filled(&store, 1 << 30, 10);
     compare(&store, 0, 10);

@@ -20,6 +20,17 @@ const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
 /// Bytes of the superblock that carry anything.
 pub(super) const START_BYTES: usize = 4096;
 
+/// Fills the bytes from the kernel's random generator.
+pub(super) fn random(bytes: &mut [u8]) -> Result<()> {
+    // SAFETY: the kernel writes to the slice we own; up to 256 bytes come at once.
+    let n = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
+    if n == bytes.len() as isize {
+        Ok(())
+    } else {
+        Err(system("getrandom"))
+    }
+}
+
 /// Makes an empty file for an arena, close-on-exec. Whoever is to outlive the store holds it and
 /// hands a duplicate to [`crate::Store::open_arena`].
 ///

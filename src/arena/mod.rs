@@ -4,7 +4,7 @@
 //! ```text
 //! 0                 superblock (64 KiB): magic, version, geometry, the volumes' sizes
 //! volume roots      64 × 32 KiB: the top node of each volume's map
-//! segment table     32 bytes a segment: where it lives, what of it is live
+//! segment table     32 bytes a segment, in memory or below: where it lives, what of it is live
 //! metadata pages    4 KiB nodes of the maps, on demand
 //! frames            bytes of the segments in memory, on demand
 //! ```
@@ -52,6 +52,13 @@ const ROOT_BYTES: usize = ROOT_ENTRIES * 4;
 /// Growth touches memory in steps of this, so that one step cannot wait long.
 const POPULATE_STEP: usize = 64 << 10;
 
+/// Bytes of the kernel's random generator.
+pub(crate) fn random<const N: usize>() -> Result<[u8; N]> {
+    let mut bytes = [0; N];
+    file::random(&mut bytes)?;
+    Ok(bytes)
+}
+
 /// The arena and its free lists.
 pub(crate) struct Arena {
     map: Mapping,
@@ -90,7 +97,7 @@ impl Arena {
         let map = map.of_len(at.end)?;
         map.populate(0, PAGE_BYTES)?;
         if found.is_none() {
-            Superblock(&map).initialise(&geometry);
+            Superblock(&map).initialise(&geometry, &random()?);
         }
         (c.group_pages_seen, c.codecs_seen) = Superblock(&map).allow(c.group_pages_seen, c.codecs_seen);
         let arena = Arena {
@@ -100,13 +107,16 @@ impl Arena {
             meta_head: AtomicU64::new(0),
             meta_ready: AtomicU32::new(0),
             frames: IndexStack::new(geometry.max_frames as usize),
-            ids: IndexStack::new(geometry.max_frames as usize),
+            ids: IndexStack::new(geometry.max_segments as usize),
         };
         Ok((arena, found.is_some()))
     }
 
     pub fn max_frames(&self) -> u32 {
         self.geometry.max_frames
+    }
+    pub fn max_segments(&self) -> u32 {
+        self.geometry.max_segments
     }
     pub fn max_meta(&self) -> u32 {
         self.geometry.max_meta
@@ -116,6 +126,19 @@ impl Arena {
     }
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.map.file().fd()
+    }
+
+    // --- the disk tier ------------------------------------------------------------------------
+
+    /// The disk tier that pages went to; all zero: none yet.
+    pub fn tier(&self) -> [u8; 16] {
+        Superblock(&self.map).tier()
+    }
+    pub fn set_tier(&self, id: &[u8; 16]) {
+        Superblock(&self.map).set_tier(id);
+    }
+    pub fn key(&self) -> [u8; 32] {
+        Superblock(&self.map).key()
     }
 
     // --- volumes ------------------------------------------------------------------------------
@@ -247,38 +270,55 @@ impl Arena {
     /// A segment id with a frame, leaving `keep` frames for others.
     pub fn take_segment(&self, keep: u32) -> Option<(SegmentId, FrameNo)> {
         let frame = self.frames.pop(keep)?;
-        // There are as many ids as frames that were ever populated, and every segment in memory
-        // holds one of each, so an id is there whenever a frame is.
+        // There are as many ids as frames and segments below together (`store/grow.rs`, wanted_ids),
+        // and every segment holds one, so an id is there whenever a frame is.
         let id = self.ids.pop(0).expect("a free segment id for every free frame");
         Some((SegmentId(id), FrameNo(frame)))
     }
 
     pub fn put_segment(&self, s: SegmentId, f: FrameNo) {
+        self.put_id(s);
+        self.put_frame(f);
+    }
+
+    pub fn put_id(&self, s: SegmentId) {
         self.ids.push(s.0);
+    }
+
+    pub fn put_frame(&self, f: FrameNo) {
         self.frames.push(f.0);
+    }
+
+    /// Makes a table entry resident and its id free. Growth thread only.
+    pub fn grow_id(&self, s: SegmentId) -> Result<()> {
+        self.map.populate(self.at.table_at + s.0 as usize * SEGMENT_ENTRY_BYTES, SEGMENT_ENTRY_BYTES)?;
+        Superblock(&self.map).grown_ids().fetch_max(u64::from(s.0) + 1, Ordering::Release);
+        crash_point!("grow id: resident, not counted");
+        self.put_id(s);
+        Ok(())
     }
 
     /// Makes a frame resident and free. Growth thread only. `may` is asked for the bytes of each
     /// step; where it says no the frame stays as it is, to be gone on with, and this is false.
-    pub fn grow_frame(&self, f: FrameNo, first_time: bool, may: impl FnMut(usize) -> bool) -> Result<bool> {
+    pub fn grow_frame(&self, f: FrameNo, may: impl FnMut(usize) -> bool) -> Result<bool> {
         if !self.populate_frame(f, may)? {
             return Ok(false);
         }
+        Superblock(&self.map).grown_frames().fetch_max(u64::from(f.0) + 1, Ordering::Release);
         crash_point!("grow frame: resident, not counted");
-        if first_time {
-            self.map.populate(self.at.table_at + f.0 as usize * SEGMENT_ENTRY_BYTES, SEGMENT_ENTRY_BYTES)?;
-            Superblock(&self.map).grown_frames().fetch_max(u64::from(f.0) + 1, Ordering::Release);
-            crash_point!("grow frame: resident with its table entry, not counted");
-            self.ids.push(f.0);
-        }
-        self.frames.push(f.0);
+        self.put_frame(f);
         Ok(true)
     }
 
     fn populate_frame(&self, f: FrameNo, mut may: impl FnMut(usize) -> bool) -> Result<bool> {
         let at = self.frame_at(f);
         for done in (0..self.segment_bytes()).step_by(POPULATE_STEP) {
-            crash_point!("grow frame: partly resident");
+            // Apart, so that a test that stops at each kind of point leaves a torn frame behind.
+            if done > 0 {
+                crash_point!("grow frame: partly resident");
+            } else {
+                crash_point!("grow frame: nothing resident");
+            }
             if !may(POPULATE_STEP) {
                 return Ok(false);
             }

@@ -88,11 +88,12 @@ impl Arena {
     fn grown(&self) -> [Range<usize>; 4] {
         let block = Superblock(&self.map);
         let frames = block.grown_frames().load(Ordering::Acquire).min(u64::from(self.max_frames())) as usize;
+        let ids = block.grown_ids().load(Ordering::Acquire).min(u64::from(self.max_segments())) as usize;
         let meta = block.grown_meta().load(Ordering::Acquire).min(u64::from(self.max_meta())) as usize;
         let at = &self.at;
         [
             0..at.table_at,
-            at.table_at..at.table_at + frames * SEGMENT_ENTRY_BYTES,
+            at.table_at..at.table_at + ids * SEGMENT_ENTRY_BYTES,
             at.meta_at + PAGE_BYTES..at.meta_at + (meta + 1) * PAGE_BYTES,
             at.frames_at..at.frames_at + frames * self.segment_bytes(),
         ]
@@ -104,7 +105,7 @@ impl Arena {
             (from < to).then(|| from - start..to - start)
         };
         if let Some(table) = within(self.at.table_at, self.at.meta_at) {
-            found.entries = ((table.end / SEGMENT_ENTRY_BYTES) as u32).min(self.max_frames());
+            found.entries = ((table.end / SEGMENT_ENTRY_BYTES) as u32).min(self.max_segments());
         }
         let first_meta = self.at.meta_at + PAGE_BYTES;
         if let Some(meta) = within(first_meta, first_meta + self.max_meta() as usize * PAGE_BYTES) {

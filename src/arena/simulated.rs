@@ -128,10 +128,10 @@ impl Arena {
     /// An arena with a volume, and with all of its metadata pages and frames grown and free.
     /// `segment_bytes` divides a page.
     pub(crate) fn simulated(segment_bytes: usize, max_frames: u32, max_meta: u32, volume_bytes: u64) -> Arena {
-        let geometry = Geometry { segment_bytes, max_frames, max_meta, unit: PAGE_BYTES };
+        let geometry = Geometry { segment_bytes, max_frames, max_meta, max_segments: max_frames, unit: PAGE_BYTES };
         let map = Mapping { len: geometry.layout().end, memory: Mutex::default() };
         map.populate(0, PAGE_BYTES).expect("simulated memory is there");
-        Superblock(&map).initialise(&geometry);
+        Superblock(&map).initialise(&geometry, &[7; 32]);
         let arena = Arena {
             map,
             geometry,
@@ -142,7 +142,10 @@ impl Arena {
             ids: IndexStack::new(max_frames as usize),
         };
         arena.grow_meta(MetaNo(1), max_meta).expect("simulated memory is there");
-        (0..max_frames).rev().for_each(|f| assert!(matches!(arena.grow_frame(FrameNo(f), true, |_| true), Ok(true))));
+        for n in (0..max_frames).rev() {
+            arena.grow_id(SegmentId(n)).expect("simulated memory is there");
+            assert!(matches!(arena.grow_frame(FrameNo(n), |_| true), Ok(true)));
+        }
         arena.create_volume(VolumeId(0), volume_bytes).expect("simulated memory is there");
         // Loom wants its atomics made before the threads that share them.
         arena.root(VolumeId(0));

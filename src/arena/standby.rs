@@ -61,6 +61,11 @@ impl Waiting {
         Ok(Waiting { map, tables: vec![false; end.div_ceil(PAGE_TABLE_BYTES)] })
     }
 
+    /// Bytes of the segments of an arena that is one already.
+    pub fn segment_bytes(&self) -> Option<usize> {
+        Geometry::found(self.map.file()).ok().flatten().map(|g| g.segment_bytes)
+    }
+
     /// Makes page tables for what has become resident. Stops where the host has no memory to give
     /// at once, to go on the next time.
     pub fn keep_up(&mut self, spare: &mut Spare) -> Result<()> {

@@ -4,6 +4,8 @@
 //! byte 0   magic · 8 version · 16 segment bytes · 24 frames · 32 metadata pages
 //!      40  most pages that a record of this arena may hold · 48 codecs in use, a bit each
 //!      56  frames ever grown · 64 metadata pages ever grown: the watermarks of hugetlbfs
+//!      72  segments that the table has room for · 80 table entries ever grown
+//!      88  16 bytes: the disk tier that pages went to, 0: none · 104 32 bytes: the key they are sealed with
 //!      512 sizes of the 64 volumes in bytes, 0: no such volume
 //! ```
 //! The magic is stored last, so an arena without it is one that was never handed out: empty. A
@@ -16,18 +18,23 @@ use crate::config::Checked;
 use crate::error::{Error, Result};
 use crate::page::{VolumeId, MAX_VOLUMES, MAX_VOLUME_BYTES, PAGE_BYTES};
 use crate::sync::{AtomicU64, Ordering};
+use crate::tier::extents_in;
 
 /// First 8 bytes of an arena.
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"GHOSTSWP");
 /// Version of an arena's layout; one of another is refused.
-pub const VERSION: u64 = 2;
+pub const VERSION: u64 = 3;
 
 const SUPERBLOCK_BYTES: usize = 64 << 10;
 const GROUP_AT: usize = 40;
 const CODECS_AT: usize = 48;
 const GROWN_FRAMES_AT: usize = 56;
 const GROWN_META_AT: usize = 64;
-const FIELDS_END: usize = 72;
+const MAX_SEGMENTS_AT: usize = 72;
+const GROWN_IDS_AT: usize = 80;
+const TIER_AT: usize = 88;
+const KEY_AT: usize = 104;
+const FIELDS_END: usize = 136;
 const VOLUMES_AT: usize = 512;
 
 const MAX_FRAMES: u32 = (1 << 24) - 1;
@@ -39,6 +46,8 @@ pub(super) struct Geometry {
     pub segment_bytes: usize,
     pub max_frames: u32,
     pub max_meta: u32,
+    /// In memory and below.
+    pub max_segments: u32,
     pub unit: usize,
 }
 
@@ -55,9 +64,12 @@ pub(super) struct Layout {
 impl Geometry {
     /// What the configuration asks for.
     pub fn wanted(c: &Checked, unit: usize) -> Geometry {
+        let max_frames = (c.limit_bytes / u64::from(c.segment_bytes)).min(u64::from(MAX_FRAMES)) as u32;
+        let below = extents_in(c.below_bytes, c.segment_bytes as usize);
         Geometry {
             segment_bytes: c.segment_bytes as usize,
-            max_frames: (c.limit_bytes / u64::from(c.segment_bytes)).min(u64::from(MAX_FRAMES)) as u32,
+            max_frames,
+            max_segments: (max_frames + below).min(MAX_FRAMES),
             max_meta: (c.limit_bytes / PAGE_BYTES as u64).min(u64::from(MAX_META)) as u32,
             unit,
         }
@@ -79,11 +91,13 @@ impl Geometry {
         let sound = word(2).is_power_of_two()
             && (64 << 10..=1 << 20).contains(&word(2))
             && (1..=u64::from(MAX_FRAMES)).contains(&word(3))
-            && (1..=u64::from(MAX_META)).contains(&word(4));
+            && (1..=u64::from(MAX_META)).contains(&word(4))
+            && (word(3)..=u64::from(MAX_FRAMES)).contains(&word(MAX_SEGMENTS_AT / 8));
         let g = Geometry {
             segment_bytes: word(2) as usize,
             max_frames: word(3) as u32,
             max_meta: word(4) as u32,
+            max_segments: word(MAX_SEGMENTS_AT / 8) as u32,
             unit: file.unit(),
         };
         if !sound || g.layout().end as u64 != file.len()? {
@@ -102,7 +116,7 @@ impl Geometry {
         let up = |n: usize| n.div_ceil(self.unit) * self.unit;
         let roots_at = SUPERBLOCK_BYTES;
         let table_at = up(roots_at + MAX_VOLUMES * ROOT_BYTES);
-        let meta_at = up(table_at + self.max_frames as usize * SEGMENT_ENTRY_BYTES);
+        let meta_at = up(table_at + self.max_segments as usize * SEGMENT_ENTRY_BYTES);
         // Metadata pages are numbered from 1, so that 0 can mean "none".
         let frames_at = (meta_at + (self.max_meta as usize + 1) * PAGE_BYTES).div_ceil(2 << 20) * (2 << 20);
         let end = up(frames_at + self.max_frames as usize * self.segment_bytes);
@@ -121,12 +135,12 @@ pub(super) struct Superblock<'a>(pub &'a Mapping);
 
 impl<'a> Superblock<'a> {
     /// Makes an empty arena one. Killed before the magic, it stays empty.
-    pub fn initialise(&self, g: &Geometry) {
-        for (i, v) in
-            [VERSION, g.segment_bytes as u64, u64::from(g.max_frames), u64::from(g.max_meta)].into_iter().enumerate()
-        {
+    pub fn initialise(&self, g: &Geometry, key: &[u8; 32]) {
+        let fields = [VERSION, g.segment_bytes as u64, u64::from(g.max_frames), u64::from(g.max_meta)];
+        let places = (8..).step_by(8).zip(fields).chain([(MAX_SEGMENTS_AT, u64::from(g.max_segments))]);
+        for (at, v) in places.chain((KEY_AT..).step_by(8).zip(words(key))) {
             crash_point!("superblock: before a field");
-            self.0.u64_at(8 + i * 8).store(v, Ordering::Relaxed);
+            self.0.u64_at(at).store(v, Ordering::Relaxed);
         }
         crash_point!("superblock: before the magic");
         self.0.u64_at(0).store(MAGIC, Ordering::Release);
@@ -143,6 +157,36 @@ impl<'a> Superblock<'a> {
 
     pub fn grown_frames(&self) -> &'a AtomicU64 {
         self.0.u64_at(GROWN_FRAMES_AT)
+    }
+
+    pub fn grown_ids(&self) -> &'a AtomicU64 {
+        self.0.u64_at(GROWN_IDS_AT)
+    }
+
+    /// What pages on disk are sealed with. It never leaves the arena, which is never swapped out.
+    pub fn key(&self) -> [u8; 32] {
+        self.bytes(KEY_AT)
+    }
+
+    /// The disk tier that this arena's pages go to; all zero: none yet.
+    pub fn tier(&self) -> [u8; 16] {
+        self.bytes(TIER_AT)
+    }
+
+    /// Binds the arena to a disk tier, before anything goes there. Killed half-way it is bound
+    /// to none.
+    pub fn set_tier(&self, id: &[u8; 16]) {
+        for (at, v) in (TIER_AT..).step_by(8).zip(words(id)) {
+            self.0.u64_at(at).store(v, Ordering::Release);
+        }
+    }
+
+    fn bytes<const N: usize>(&self, at: usize) -> [u8; N] {
+        let mut bytes = [0; N];
+        for (i, chunk) in bytes.chunks_exact_mut(8).enumerate() {
+            chunk.copy_from_slice(&self.0.u64_at(at + i * 8).load(Ordering::Acquire).to_le_bytes());
+        }
+        bytes
     }
 
     pub fn grown_meta(&self) -> &'a AtomicU64 {
@@ -168,26 +212,36 @@ impl<'a> Superblock<'a> {
     }
 }
 
+fn words(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
+    bytes.chunks_exact(8).map(|c| u64::from_le_bytes(c.try_into().expect("8 bytes")))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn bytes_are_as_docs_format_says() {
-        let geometry = Geometry { segment_bytes: 64 << 10, max_frames: 64, max_meta: 1024, unit: 4096 };
+        let geometry =
+            Geometry { segment_bytes: 64 << 10, max_frames: 64, max_meta: 1024, max_segments: 70, unit: 4096 };
         let file = ArenaFile::new(super::super::create_arena(false).unwrap()).unwrap();
         assert_eq!(Geometry::found(&file).unwrap(), None);
         file.resize(geometry.layout().end).unwrap();
         assert_eq!(Geometry::found(&file).unwrap(), None, "sparse: still empty");
         let map = Mapping::new(file, geometry.layout().end).unwrap();
         let block = Superblock(&map);
-        block.initialise(&geometry);
+        block.initialise(&geometry, &[7; 32]);
+        block.set_tier(&[3; 16]);
+        assert_eq!((block.tier(), block.key()), ([3; 16], [7; 32]));
         assert_eq!(block.allow(4, 0b10), (4, 0b10));
         assert_eq!(block.allow(1, 0b100), (4, 0b110));
         block.volume_bytes(VolumeId(1)).store(8192, Ordering::Relaxed);
         let start = map.file().start().unwrap();
         assert_eq!(start[..8], *b"GHOSTSWP");
-        for (at, want) in [(8, VERSION), (16, 65536), (24, 64), (32, 1024), (40, 4), (48, 6), (56, 0), (520, 8192)] {
+        assert_eq!((&start[88..104], &start[104..136]), (&[3; 16][..], &[7; 32][..]));
+        for (at, want) in
+            [(8, VERSION), (16, 65536), (24, 64), (32, 1024), (40, 4), (48, 6), (56, 0), (72, 70), (520, 8192)]
+        {
             assert_eq!(start[at..at + 8], want.to_le_bytes(), "at {at}");
         }
         assert!(block.volumes().is_err(), "a volume after a gap");

@@ -57,6 +57,30 @@ pub(crate) fn cleaning(
     Cleaning::Rest
 }
 
+/// What the mover knows.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Pressure {
+    pub frames_ready: u32,
+    pub frames_growable: u32,
+    pub frames_limit: u32,
+    pub reserve: u32,
+    /// It moved something the last time it asked.
+    pub moving: bool,
+}
+
+/// How many segments are to leave memory for disk. Hysteresis: it begins when less is free than the
+/// reserve, or a sixteenth of all, and ends when half as much again is.
+pub(crate) fn demotion(p: &Pressure) -> u32 {
+    let free = p.frames_ready + p.frames_growable;
+    let begin = p.reserve.max(p.frames_limit / 16);
+    let end = begin + begin / 2;
+    if free < begin || p.moving && free < end {
+        end - free
+    } else {
+        0
+    }
+}
+
 /// What is known of the pages that could be compressed again.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Heat {
@@ -148,6 +172,16 @@ mod tests {
         assert_eq!(recompression(&Heat { oldest_s: 10, ..h }), Recompression::Gently);
         assert_eq!(recompression(&Heat { hot_bytes: 51, ..h }), Recompression::Fully);
         assert_eq!(recompression(&Heat { held_bytes: 90, ..h }), Recompression::Fully);
+    }
+
+    #[test]
+    fn segments_go_down_from_one_mark_to_the_other() {
+        let p = Pressure { frames_ready: 4, frames_growable: 6, frames_limit: 160, reserve: 8, moving: false };
+        assert_eq!(demotion(&p), 0);
+        assert_eq!(demotion(&Pressure { frames_growable: 5, ..p }), 6);
+        assert_eq!(demotion(&Pressure { moving: true, ..p }), 5);
+        assert_eq!(demotion(&Pressure { moving: true, frames_growable: 11, ..p }), 0);
+        assert_eq!(demotion(&Pressure { reserve: 12, ..p }), 8);
     }
 
     #[test]

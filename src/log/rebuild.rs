@@ -12,10 +12,10 @@
 //! records from end to end, as the cleaner needs it. Until `end_recount` the word that will say
 //! how many bytes are used holds the greatest offset that a slot named.
 
-use super::segment::{Segments, CLEANING, FREE, OPEN, RETIRED, SEALED, STATE, USED_SHIFT};
+use super::segment::{Place, Segments, BELOW, CLEANING, FREE, OPEN, RETIRED, SEALED, STATE, USED_SHIFT};
 use crate::arena::{Arena, Resident};
 use crate::error::{Error, Result};
-use crate::page::{FrameNo, SegmentId};
+use crate::page::{ExtentNo, SegmentId};
 use std::sync::atomic::Ordering;
 
 const LIVE: u64 = (1 << USED_SHIFT) - 1;
@@ -27,25 +27,43 @@ pub(crate) struct Table {
     pub frames: Resident,
     /// One more than the highest id in use.
     pub end: u32,
+    /// How many of them are below.
+    pub below: u32,
 }
 
 impl Segments {
-    /// Checks the first `entries` of the table and sets all live bytes to zero.
-    pub fn begin_recount(&self, arena: &Arena, entries: u32) -> Result<()> {
+    /// Checks the first `entries` of the table and sets all live bytes to zero. `below` hears of each
+    /// extent in use and says whether it can be.
+    pub fn begin_recount(
+        &self,
+        arena: &Arena,
+        entries: u32,
+        mut below: impl FnMut(ExtentNo) -> Result<()>,
+    ) -> Result<()> {
         let mut frames = Resident::new(arena.max_frames());
         let mut last = 0;
         for id in 0..entries {
             let e = arena.segment_entry(SegmentId(id));
-            let (state, frame) = parts(e[0].load(Ordering::Acquire));
-            if state == FREE {
-                continue;
-            }
-            if state > RETIRED || frame.0 >= arena.max_frames() || frames.has(frame.0) {
-                let why = format!("segment {id} has state {state} and frame {}, which cannot be", frame.0);
-                return Err(Error::BadArena(why));
-            }
-            frames.set(frame.0);
+            // Those of free ones too: no number is given twice, what is on disk rests on that.
             last = last.max(e[2].load(Ordering::Relaxed));
+            let word = e[0].load(Ordering::Acquire);
+            let state = word & STATE;
+            let cannot_be = |what: String| {
+                Err(Error::BadArena(format!("segment {id} has state {state} and {what}, which cannot be")))
+            };
+            match Place::of(word) {
+                _ if state == FREE => {}
+                Place::Memory(f) if state > RETIRED || f.0 >= arena.max_frames() || frames.has(f.0) => {
+                    return cannot_be(format!("frame {}", f.0));
+                }
+                Place::Memory(f) => frames.set(f.0),
+                Place::Below(x) if !matches!(state, SEALED | CLEANING | RETIRED) => {
+                    return cannot_be(format!("extent {}", x.0));
+                }
+                // What is dead there is free from here on.
+                Place::Below(_) if state == RETIRED => {}
+                Place::Below(extent) => below(extent)?,
+            }
         }
         // Only now that all of it was found sound is anything changed.
         for id in 0..entries {
@@ -77,20 +95,33 @@ impl Segments {
         true
     }
 
-    /// Seals what holds live bytes and sets the rest free.
-    pub fn end_recount(&self, arena: &Arena, entries: u32) -> Result<Table> {
-        let mut table =
-            Table { ids: Resident::new(arena.max_frames()), frames: Resident::new(arena.max_frames()), end: 0 };
+    /// Seals what holds live bytes and sets the rest free; `dead_below` hears of extents that it frees.
+    pub fn end_recount(&self, arena: &Arena, entries: u32, mut dead_below: impl FnMut(ExtentNo)) -> Result<Table> {
+        let (ids, frames) = (Resident::new(arena.max_segments()), Resident::new(arena.max_frames()));
+        let mut table = Table { ids, frames, end: 0, below: 0 };
         for id in 0..entries {
             let s = SegmentId(id);
             let e = arena.segment_entry(s);
-            let (state, frame) = parts(e[0].load(Ordering::Relaxed));
+            let (state, place) = parts(e[0].load(Ordering::Relaxed));
             let word = e[1].load(Ordering::Relaxed);
             crash_point!("recovery: table partly rebuilt");
             if word & LIVE == 0 {
                 e[0].store(FREE, Ordering::Release);
+                if let (Place::Below(extent), SEALED | CLEANING) = (place, state) {
+                    dead_below(extent);
+                }
                 continue;
             }
+            table.ids.set(id);
+            table.end = id + 1;
+            let frame = match place {
+                Place::Memory(frame) => frame,
+                Place::Below(extent) => {
+                    e[0].store(SEALED | BELOW | u64::from(extent.0) << 32, Ordering::Release);
+                    table.below += 1;
+                    continue;
+                }
+            };
             if state == OPEN {
                 let last = (word >> USED_SHIFT) as usize;
                 let Some((header, _)) = self.record(arena, frame, last) else {
@@ -101,20 +132,18 @@ impl Segments {
                 crash_point!("recovery: used stored, state still open");
             }
             e[0].store(SEALED | u64::from(frame.0) << 32, Ordering::Release);
-            table.ids.set(id);
             table.frames.set(frame.0);
-            table.end = id + 1;
         }
         Ok(table)
     }
 
-    /// The frame of a segment that is not free.
-    pub fn frame_in_use(&self, arena: &Arena, s: SegmentId) -> Option<FrameNo> {
-        let (state, frame) = parts(arena.segment_entry(s)[0].load(Ordering::Acquire));
-        (state != FREE).then_some(frame)
+    /// Where a segment is that is not free.
+    pub fn in_use(&self, arena: &Arena, s: SegmentId) -> Option<Place> {
+        let (state, place) = parts(arena.segment_entry(s)[0].load(Ordering::Acquire));
+        (state != FREE).then_some(place)
     }
 }
 
-fn parts(word: u64) -> (u64, FrameNo) {
-    (word & STATE, FrameNo((word >> 32) as u32))
+fn parts(word: u64) -> (u64, Place) {
+    (word & STATE, Place::of(word))
 }

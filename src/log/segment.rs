@@ -2,10 +2,11 @@
 //! it is live; a lane or the cleaner appends to the open ones it owns.
 //!
 //! ```text
-//! entry word 0   7..0 state · 63..32 frame
+//! entry word 0   7..0 state · 8 below: on the disk tier · 63..32 frame, or extent if below
 //!            1   31..0 live bytes · 63..32 bytes used
 //!            2   sequence number at sealing: the age
-//!            3   31..0 when it was sealed, in seconds of the host's running · 32 cold: compressed again
+//!            3   31..0 when it was sealed, in seconds of the host's running · 32 cold: compressed again ·
+//!                33 raw: what does not compress · 34 read since the mover last looked
 //! ```
 //! States: free → open → sealed → retired → free, and sealed ↔ cleaning. Live bytes are added
 //! before the slot that names them is committed and taken off after the slot that named them was
@@ -19,7 +20,7 @@
 
 use crate::arena::Arena;
 use crate::log::record::{Header, GROUP_HEADER, SINGLE_HEADER};
-use crate::page::{FrameNo, SegmentId};
+use crate::page::{ExtentNo, FrameNo, SegmentId};
 use crate::sync::{fence, AtomicU64, Ordering};
 
 pub(super) const STATE: u64 = 0xff;
@@ -30,6 +31,46 @@ pub(super) const CLEANING: u64 = 3;
 pub(super) const RETIRED: u64 = 4;
 pub(super) const USED_SHIFT: u32 = 32;
 const COLD: u64 = 1 << 32;
+const RAW: u64 = 1 << 33;
+const READ: u64 = 1 << 34;
+/// The number in the state's upper half is an extent.
+pub(super) const BELOW: u64 = 1 << 8;
+
+/// Where a segment lives.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Place {
+    Memory(FrameNo),
+    Below(ExtentNo),
+}
+
+impl Place {
+    pub(super) fn of(word: u64) -> Place {
+        let n = (word >> 32) as u32;
+        match word & BELOW {
+            0 => Place::Memory(FrameNo(n)),
+            _ => Place::Below(ExtentNo(n)),
+        }
+    }
+}
+
+/// A segment on disk, as it was when this was made: its records lie in that extent for as long as the
+/// segment has that sequence number.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Below {
+    pub extent: ExtentNo,
+    pub sequence: u64,
+    pub used: usize,
+    pub cold: bool,
+}
+
+/// What a new segment is for.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Kind {
+    /// Pages that are compressed again, and not to be a third time.
+    pub cold: bool,
+    /// Pages that do not compress.
+    pub raw: bool,
+}
 
 /// The segment table, with what is counted over all of it.
 pub(crate) struct Segments {
@@ -56,21 +97,61 @@ impl Segments {
         }
     }
 
-    /// `cold`: for pages that are compressed again, and not to be a third time.
-    pub fn open(&self, arena: &Arena, keep: u32, cold: bool, age_s: u32) -> Option<Open> {
+    pub fn open(&self, arena: &Arena, keep: u32, kind: Kind, age_s: u32) -> Option<Open> {
         let (segment, frame) = arena.take_segment(keep)?;
         let e = arena.segment_entry(segment);
         debug_assert_eq!(e[0].load(Ordering::Relaxed) & STATE, FREE);
         e[1].store(0, Ordering::Relaxed);
-        e[3].store(if cold { COLD } else { 0 } | u64::from(age_s), Ordering::Relaxed);
+        let kind = if kind.cold { COLD } else { 0 } | if kind.raw { RAW } else { 0 };
+        e[3].store(kind | u64::from(age_s), Ordering::Relaxed);
         crash_point!("open: counts cleared, state still free");
         e[0].store(OPEN | u64::from(frame.0) << 32, Ordering::Release);
         Some(Open { segment, frame, used: 0 })
     }
 
-    /// Where a segment lives.
-    pub fn frame(&self, arena: &Arena, s: SegmentId) -> FrameNo {
-        FrameNo((arena.segment_entry(s)[0].load(Ordering::Acquire) >> 32) as u32)
+    /// Where a segment lives. Within an epoch: until it ends, a frame that is found here stays what it is.
+    pub fn place(&self, arena: &Arena, s: SegmentId) -> Place {
+        Place::of(arena.segment_entry(s)[0].load(Ordering::Acquire))
+    }
+
+    /// What is to be known of a segment below to fetch from it. None: it is not there, or not any more.
+    /// Within an epoch.
+    pub fn below(&self, arena: &Arena, s: SegmentId) -> Option<Below> {
+        let e = arena.segment_entry(s);
+        let state = e[0].load(Ordering::Acquire);
+        let Place::Below(extent) = Place::of(state) else { return None };
+        if state & STATE == FREE {
+            return None;
+        }
+        let (counts, sequence) = (e[1].load(Ordering::Relaxed), e[2].load(Ordering::Relaxed));
+        let cold = e[3].load(Ordering::Relaxed) & COLD != 0;
+        Some(Below { extent, sequence, used: (counts >> USED_SHIFT) as usize, cold })
+    }
+
+    /// Notes that a page of it was read, for the mover.
+    pub fn touch(&self, arena: &Arena, s: SegmentId) {
+        let word = &arena.segment_entry(s)[3];
+        if word.load(Ordering::Relaxed) & READ == 0 {
+            word.fetch_or(READ, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether a segment was read since this was last asked, and whether it is of what does not compress.
+    pub fn was_read(&self, arena: &Arena, s: SegmentId) -> bool {
+        let word = &arena.segment_entry(s)[3];
+        word.load(Ordering::Relaxed) & READ != 0 && word.fetch_and(!READ, Ordering::Relaxed) & READ != 0
+    }
+
+    pub fn is_raw(&self, arena: &Arena, s: SegmentId) -> bool {
+        arena.segment_entry(s)[3].load(Ordering::Relaxed) & RAW != 0
+    }
+
+    /// Moves a claimed segment, whose records were written there, to an extent. Its frame may be used
+    /// again after a grace period.
+    pub fn move_below(&self, arena: &Arena, s: SegmentId, to: ExtentNo) {
+        crash_point!("demote: written, still in memory");
+        arena.segment_entry(s)[0].store(CLEANING | BELOW | u64::from(to.0) << 32, Ordering::Release);
+        crash_point!("demote: below, frame not free");
     }
 
     /// Counts bytes that a slot is about to name.
@@ -89,7 +170,7 @@ impl Segments {
     /// `age_s`: when its content was written, in seconds of the host's running.
     pub fn seal(&self, arena: &Arena, open: Open, age_s: u32) -> bool {
         let e = arena.segment_entry(open.segment);
-        e[3].store(e[3].load(Ordering::Relaxed) & COLD | u64::from(age_s), Ordering::Relaxed);
+        e[3].store(e[3].load(Ordering::Relaxed) & (COLD | RAW) | u64::from(age_s), Ordering::Relaxed);
         e[2].store(self.sequence.fetch_add(1, Ordering::Relaxed), Ordering::Relaxed);
         crash_point!("seal: sequence stored");
         e[1].fetch_add((open.used as u64) << USED_SHIFT, Ordering::AcqRel);
@@ -118,17 +199,27 @@ impl Segments {
         true
     }
 
-    /// Claims a sealed segment for cleaning.
+    /// Claims a sealed segment in memory, to clean it or to move it.
     pub fn begin_cleaning(&self, arena: &Arena, s: SegmentId) -> Option<Open> {
+        let (state, used) = self.claim(arena, s, 0)?;
+        Some(Open { segment: s, frame: FrameNo((state >> 32) as u32), used })
+    }
+
+    /// Claims a sealed segment below, to clean it.
+    pub fn begin_cleaning_below(&self, arena: &Arena, s: SegmentId) -> Option<Below> {
+        self.claim(arena, s, BELOW)?;
+        self.below(arena, s)
+    }
+
+    fn claim(&self, arena: &Arena, s: SegmentId, below: u64) -> Option<(u64, usize)> {
         let e = arena.segment_entry(s);
         let state = e[0].load(Ordering::Acquire);
-        if state & STATE != SEALED {
+        if state & (STATE | BELOW) != SEALED | below {
             return None;
         }
         e[0].compare_exchange(state, state & !STATE | CLEANING, Ordering::AcqRel, Ordering::Relaxed).ok()?;
         crash_point!("clean: claimed");
-        let used = (e[1].load(Ordering::Acquire) >> USED_SHIFT) as usize;
-        Some(Open { segment: s, frame: FrameNo((state >> 32) as u32), used })
+        Some((state, (e[1].load(Ordering::Acquire) >> USED_SHIFT) as usize))
     }
 
     /// Ends cleaning: retired if nothing is live in it now, else sealed as before (and retired by
@@ -158,21 +249,39 @@ impl Segments {
         self.retired.len()
     }
 
-    /// Frees a retired segment after its grace period.
-    pub fn release(&self, arena: &Arena, s: SegmentId) {
+    /// Frees a retired segment after its grace period. Returns the extent that it was in, if it was below.
+    pub fn release(&self, arena: &Arena, s: SegmentId) -> Option<ExtentNo> {
         let e = arena.segment_entry(s);
         let state = e[0].load(Ordering::Relaxed);
         debug_assert_eq!(state & STATE, RETIRED);
         crash_point!("release: still retired");
         e[0].store(FREE, Ordering::Relaxed);
         crash_point!("release: free, on no stack");
-        arena.put_segment(s, FrameNo((state >> 32) as u32));
+        match Place::of(state) {
+            Place::Memory(frame) => {
+                arena.put_segment(s, frame);
+                None
+            }
+            Place::Below(extent) => {
+                arena.put_id(s);
+                Some(extent)
+            }
+        }
     }
 
-    /// Live and used bytes of a segment and its age, if it is sealed.
+    /// Live and used bytes of a segment and its age, if it is sealed, in memory.
     pub fn sealed(&self, arena: &Arena, s: SegmentId) -> Option<(u32, u32, u64)> {
+        self.counts(arena, s, SEALED)
+    }
+
+    /// The same, if it is sealed, below.
+    pub fn sealed_below(&self, arena: &Arena, s: SegmentId) -> Option<(u32, u32, u64)> {
+        self.counts(arena, s, SEALED | BELOW)
+    }
+
+    fn counts(&self, arena: &Arena, s: SegmentId, wanted: u64) -> Option<(u32, u32, u64)> {
         let e = arena.segment_entry(s);
-        if e[0].load(Ordering::Acquire) & STATE != SEALED {
+        if e[0].load(Ordering::Acquire) & (STATE | BELOW) != wanted {
             return None;
         }
         let counts = e[1].load(Ordering::Relaxed);
@@ -205,13 +314,17 @@ impl Segments {
     /// The record at an offset of a segment that the caller may read. Looks at no byte past it:
     /// what follows may be written at this moment. None: no record that ends within the segment.
     pub fn record<'a>(&self, arena: &'a Arena, frame: FrameNo, offset: usize) -> Option<(Header, &'a [u8])> {
-        let left = arena.segment_bytes() - offset;
-        let bytes = |n: usize| (n <= left).then(|| arena.record_bytes(frame, offset, n));
-        let head = bytes(SINGLE_HEADER)?;
-        let head = if Header::is_group(head) { bytes(GROUP_HEADER)? } else { head };
-        let header = Header::read(head)?;
-        Some((header, bytes(header.total())?))
+        let left = arena.segment_bytes().checked_sub(offset)?;
+        record_of(|n| (n <= left).then(|| arena.record_bytes(frame, offset, n)))
     }
+}
+
+/// The record that begins where `bytes` begins; `bytes` gives that many, or None if there are not.
+pub(crate) fn record_of<'a>(bytes: impl Fn(usize) -> Option<&'a [u8]>) -> Option<(Header, &'a [u8])> {
+    let head = bytes(SINGLE_HEADER)?;
+    let head = if Header::is_group(head) { bytes(GROUP_HEADER)? } else { head };
+    let header = Header::read(head)?;
+    Some((header, bytes(header.total())?))
 }
 
 #[cfg(all(test, loom))]
@@ -226,7 +339,7 @@ mod models {
         model(None, move || {
             let arena = Arc::new(Arena::simulated(32, 2, 1, 4096));
             let segments = Arc::new(Segments::new(2));
-            let open = segments.open(&arena, 0, false, 0).expect("a frame is free");
+            let open = segments.open(&arena, 0, Kind::default(), 0).expect("a frame is free");
             let s = open.segment;
             segments.add_live(&arena, s, 30);
             if cleaned {

@@ -6,7 +6,7 @@ use crate::arena::Arena;
 use crate::codec::{self, most_payload, Codec};
 use crate::config::{Checked, CodecChoice};
 use crate::log::record::{Header, GROUP_HEADER, MAX_GROUP, SINGLE_HEADER};
-use crate::log::segment::Open;
+use crate::log::segment::{Kind, Open};
 use crate::map::{Slot, Stored};
 use crate::page::{PageNo, VolumeId, PAGE_BYTES};
 use std::sync::atomic::Ordering;
@@ -15,9 +15,9 @@ use std::sync::atomic::Ordering;
 /// streams. Lanes leave as many for the one that compresses again, if there is one.
 pub(super) const KEEP_FOR_CLEANER: u32 = 2;
 
-/// Frames that lanes leave.
+/// Frames that lanes leave: as many for the mover, if there is one.
 pub(super) fn kept_by_lanes(config: &Checked) -> u32 {
-    KEEP_FOR_CLEANER * if config.cold.is_some() { 2 } else { 1 }
+    KEEP_FOR_CLEANER * (1 + u32::from(config.cold.is_some()) + u32::from(config.below.is_some()))
 }
 
 /// Streams keep apart what will die or move at different times.
@@ -157,7 +157,8 @@ impl Appender {
                 s.wake_cleaner();
             }
         }
-        let opened = s.segments.open(&s.arena, self.keep, self.cold, self.age_s(s));
+        let kind = Kind { cold: self.cold, raw: matches!(stream, Stream::Raw) };
+        let opened = s.segments.open(&s.arena, self.keep, kind, self.age_s(s));
         let place = &mut self.open[stream as usize];
         *place = opened;
         s.frames_taken.fetch_add(u64::from(place.is_some()), Ordering::Relaxed);
@@ -166,6 +167,7 @@ impl Appender {
         if ready <= reserve / 2 + 2 {
             s.wake_growth();
             s.wake_cleaner();
+            s.wake_mover();
         }
         *place
     }

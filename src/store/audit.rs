@@ -5,6 +5,7 @@
 use super::recover::Pages;
 use super::{Counters, Shared, Store};
 use crate::arena::{Residency, Resident};
+use crate::log::segment::Place;
 use crate::map::{walk, Kind, Reached};
 use crate::page::{SegmentId, VolumeId};
 use std::fmt::Write;
@@ -22,6 +23,7 @@ impl Store {
         }
         let _growth = s.quiet[0].lock().unwrap_or_else(PoisonError::into_inner);
         let _cleaner = s.quiet[1].lock().unwrap_or_else(PoisonError::into_inner);
+        let _mover = s.quiet[2].lock().unwrap_or_else(PoisonError::into_inner);
         let there = s.arena.residency().map_err(|e| e.to_string())?;
         let mut wrong = String::new();
         let nodes = maps(s, &there.meta, &mut wrong)?;
@@ -43,7 +45,7 @@ fn same(wrong: &mut String, what: &str, claimed: u64, counted: u64) {
 
 /// Pages by kind and live bytes. Returns the metadata pages in use.
 fn maps(s: &Shared, resident: &Resident, wrong: &mut String) -> std::result::Result<u64, String> {
-    let mut live = vec![0u64; s.arena.max_frames() as usize];
+    let mut live = vec![0u64; s.arena.max_segments() as usize];
     let mut pages = Pages::default();
     let mut reached = Reached::new(&s.arena, false);
     let volumes = *s.volumes.lock().unwrap_or_else(PoisonError::into_inner);
@@ -78,8 +80,11 @@ fn memory(s: &Shared, there: &Residency, nodes: u64, wrong: &mut String) {
     let held_frames = u64::from(s.held_frames.load(Ordering::Relaxed));
     let held_meta = u64::from(s.held_meta.load(Ordering::Relaxed));
     let known = s.known.load(Ordering::Acquire);
-    let used = (0..known).filter(|id| s.segments.frame_in_use(&s.arena, SegmentId(*id)).is_some()).count() as u64;
-    same(wrong, "frames used and ready", used + u64::from(s.arena.frames_ready()), held_frames);
+    let places: Vec<Place> = (0..known).filter_map(|id| s.segments.in_use(&s.arena, SegmentId(id))).collect();
+    let used = places.len() as u64;
+    let below = places.iter().filter(|place| matches!(place, Place::Below(_))).count() as u64;
+    same(wrong, "extents in use", s.lower.as_ref().map_or(0, |lower| u64::from(lower.taken())), below);
+    same(wrong, "frames used and ready", used - below + u64::from(s.arena.frames_ready()), held_frames);
     same(wrong, "frames resident", held_frames, u64::from(there.frames.count()));
     same(wrong, "frames torn", 0, u64::from(there.torn.count()));
     same(wrong, "segment ids", u64::from(known), used + u64::from(s.arena.ids_ready()));

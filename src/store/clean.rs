@@ -1,21 +1,15 @@
 //! The cleaner: makes room by copying what is live out of segments that are mostly dead.
 //!
-//! Story of one victim: choose by cost-benefit; claim it; walk its records; for each page ask the
-//! map whether the page's slot still names this very record; append the live ones as survivors;
-//! exchange each slot from the old word to the new one (a page written meanwhile keeps its newer
-//! word and the copy is dead); set the victim free. It is reused after a grace period.
-//!
-//! A claimed segment cannot be reused, so a slot word that names it cannot come back with another
-//! meaning: the exchange has no ABA.
+//! Story of one victim: choose by cost-benefit; claim it; copy what is live of it (`survivors.rs`); set
+//! it free. It is reused after a grace period.
 
-use super::append::{Appender, Outcome};
+use super::append::Appender;
 use super::recompress::Recompressor;
+use super::survivors::Copier;
 use super::{grow, Shared};
 use crate::log::policy::{cleaning, worth, Candidate, Cleaning};
-use crate::log::record::{Header, MAX_GROUP};
 use crate::log::segment::Open;
-use crate::map::{self, swap_if, Slot, Stored};
-use crate::page::{PageNo, SegmentId, VolumeId, PAGE_BYTES};
+use crate::page::SegmentId;
 use crate::sync::yield_now;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
@@ -27,18 +21,16 @@ const NAP: Duration = Duration::from_millis(50);
 
 pub(super) struct Cleaner {
     shared: Arc<Shared>,
-    appender: Appender,
+    copier: Copier,
     victims: Vec<(f64, u32)>,
-    plain: Box<[u8]>,
     recompressor: Option<Recompressor>,
 }
 
 impl Cleaner {
     pub fn new(shared: Arc<Shared>) -> Cleaner {
-        let plain = vec![0xa5; shared.config.group_pages_seen * PAGE_BYTES].into_boxed_slice();
         let recompressor = shared.config.cold.map(|cold| Recompressor::new(&shared, cold));
-        let appender = Appender::new(&shared, 0);
-        Cleaner { appender, victims: Vec::with_capacity(BATCH + 1), plain, recompressor, shared }
+        let copier = Copier::new(&shared, Appender::new(&shared, 0), shared.cleaner_epoch());
+        Cleaner { copier, victims: Vec::with_capacity(BATCH + 1), recompressor, shared }
     }
 
     pub fn run(&mut self) {
@@ -73,7 +65,7 @@ impl Cleaner {
     /// Seals what survivors went to: nothing more comes.
     pub fn close(&mut self) {
         let shared = self.shared.clone();
-        self.appender.close(&shared);
+        self.copier.appender.close(&shared);
         if let Some(recompressor) = &mut self.recompressor {
             recompressor.appender.close(&shared);
         }
@@ -98,7 +90,10 @@ impl Cleaner {
                 s.map.release(&s.arena, nodes);
             }
             while bits != 0 {
-                s.segments.release(&s.arena, SegmentId(group as u32 * 64 + bits.trailing_zeros()));
+                let id = SegmentId(group as u32 * 64 + bits.trailing_zeros());
+                if let (Some(extent), Some(lower)) = (s.segments.release(&s.arena, id), &s.lower) {
+                    lower.give(extent);
+                }
                 bits &= bits - 1;
             }
         }
@@ -122,7 +117,9 @@ impl Cleaner {
             }
         }
         let reserve = s.reserve.load(Ordering::Relaxed).max(grow::least_reserve(&s.config));
-        cleaning(s.arena.frames_ready(), grow::growable_frames(s), reserve, sealed, live_all)
+        // Where the mover can make room, cleaning is for what is dead, not for the last byte.
+        let growable = grow::growable_frames(s) + s.lower.as_ref().map_or(0, |lower| lower.room());
+        cleaning(s.arena.frames_ready(), growable, reserve, sealed, live_all)
     }
 
     fn clean(&mut self) {
@@ -134,14 +131,12 @@ impl Cleaner {
             let room = match &mut self.recompressor {
                 // What is cold stays so: its survivors go to its own stream.
                 Some(own) if cold => {
-                    std::mem::swap(&mut self.appender, &mut own.appender);
-                    let room = self.move_survivors(&shared, victim, age_s);
-                    if let Some(own) = &mut self.recompressor {
-                        std::mem::swap(&mut self.appender, &mut own.appender);
-                    }
+                    std::mem::swap(&mut self.copier.appender, &mut own.appender);
+                    let room = move_survivors(&mut self.copier, &shared, victim, age_s);
+                    std::mem::swap(&mut self.copier.appender, &mut own.appender);
                     room
                 }
-                _ => self.move_survivors(&shared, victim, age_s),
+                _ => move_survivors(&mut self.copier, &shared, victim, age_s),
             };
             shared.segments.end_cleaning(&shared.arena, id);
             if !room {
@@ -153,108 +148,9 @@ impl Cleaner {
             }
         }
     }
-
-    /// Copies the live records of a victim. False: no room for them; what was not copied stays.
-    fn move_survivors(&mut self, s: &Shared, victim: Open, age_s: u32) -> bool {
-        self.appender.age_s = Some(age_s);
-        let mut at = 0;
-        while at < victim.used {
-            let (header, record) =
-                s.segments.record(&s.arena, victim.frame, at).expect("a sealed segment is records from end to end");
-            if !self.move_record(s, victim, at, header, record) {
-                return false;
-            }
-            at += header.total();
-        }
-        true
-    }
-
-    fn move_record(&mut self, s: &Shared, victim: Open, offset: usize, header: Header, record: &[u8]) -> bool {
-        let word = |i: usize| {
-            Slot::stored(Stored {
-                segment: victim.segment,
-                offset: offset as u32,
-                index: i as u32,
-                share: header.share(i),
-            })
-        };
-        let mut live = [false; MAX_GROUP];
-        for (i, l) in live.iter_mut().enumerate().take(header.pages) {
-            *l = word_of(s, header.volume, page(header, i)) == word(i);
-        }
-        let count = live.iter().filter(|l| **l).count();
-        if count == 0 {
-            return true;
-        }
-        if count == header.pages {
-            let Outcome::Done(copy) = self.appender.copy(s, header, record) else { return false };
-            (0..header.pages).for_each(|i| relocate(s, header.volume, page(header, i), word(i), copy.slot(i)));
-            return true;
-        }
-        // A group of which some pages died: the rest is compressed anew.
-        let whole = header.pages * PAGE_BYTES;
-        let mut plain = std::mem::take(&mut self.plain);
-        let sound = self.appender.codec.decompress(header.codec, &record[header.bytes()..], &mut plain[..whole]);
-        assert!(sound, "a record in memory decodes: segment {} offset {offset}", victim.segment.0);
-        let moved = self.move_rest(s, header, &live, &plain[..whole], word);
-        self.plain = plain;
-        moved
-    }
-
-    fn move_rest(
-        &mut self,
-        s: &Shared,
-        header: Header,
-        live: &[bool; MAX_GROUP],
-        plain: &[u8],
-        word: impl Fn(usize) -> Slot,
-    ) -> bool {
-        let mut i = 0;
-        let mut alone_until = 0;
-        while i < header.pages {
-            let most = if i < alone_until { 1 } else { header.pages - i };
-            let run = live[i..i + most].iter().take_while(|l| **l).count();
-            if run == 0 {
-                i += 1;
-                continue;
-            }
-            let bytes = &plain[i * PAGE_BYTES..(i + run) * PAGE_BYTES];
-            match self.appender.pages(s, header.volume, page(header, i), bytes) {
-                Outcome::Done(copy) => {
-                    (0..run).for_each(|k| relocate(s, header.volume, page(header, i + k), word(i + k), copy.slot(k)));
-                    i += run;
-                }
-                Outcome::Split => alone_until = i + run,
-                Outcome::NoRoom => return false,
-            }
-        }
-        true
-    }
 }
 
-fn page(header: Header, i: usize) -> PageNo {
-    PageNo(header.page.0 + i as u32)
-}
-
-/// What names a page now.
-pub(super) fn word_of(s: &Shared, volume: VolumeId, page: PageNo) -> Slot {
-    let lane = s.config.max_lanes;
-    s.epochs.enter(lane);
-    let word = map::load(&s.map, &s.arena, volume, page);
-    s.epochs.leave(lane);
-    word
-}
-
-/// Points a page's slot to its copy, if it still names the original.
-pub(super) fn relocate(s: &Shared, volume: VolumeId, page: PageNo, old: Slot, new: Slot) {
-    let lane = s.config.max_lanes;
-    s.epochs.enter(lane);
-    let leaf = s.map.leaf(&s.arena, volume, page.cluster());
-    crash_point!("clean: copied, slot names the original");
-    let moved = leaf.is_some_and(|leaf| swap_if(&leaf[page.slot()], old, new));
-    s.epochs.leave(lane);
-    crash_point!("clean: slot names the copy");
-    // Exactly one of the two words is out of use now.
-    let map::Kind::Stored(dead) = (if moved { old } else { new }).kind() else { return };
-    s.segments.take_live(&s.arena, dead.segment, dead.share);
+fn move_survivors(copier: &mut Copier, s: &Shared, victim: Open, age_s: u32) -> bool {
+    let record = |at| s.segments.record(&s.arena, victim.frame, at);
+    copier.copy(s, victim.segment, victim.used, age_s, record)
 }

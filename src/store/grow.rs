@@ -9,7 +9,7 @@ use crate::arena::{host_memory, host_seconds, Resident, Spare};
 use crate::config::Checked;
 use crate::error::Result;
 use crate::log::policy::{reserve_frames, surplus_frames, Demand};
-use crate::page::{FrameNo, MetaNo, PAGE_BYTES};
+use crate::page::{FrameNo, MetaNo, SegmentId, PAGE_BYTES};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
@@ -19,6 +19,8 @@ const META_RESERVE: u32 = 64;
 /// Free metadata pages above which memory goes back.
 const META_SURPLUS: u32 = 4 * META_RESERVE;
 const META_STEP: u32 = 16;
+/// Table entries made ready for segments that will go down to disk.
+const IDS_AHEAD: u32 = 64;
 /// Sleep, not yield, while a lane is on its way: growth may have a priority that yields to no lane.
 const GRACE_NAP: Duration = Duration::from_micros(100);
 const NAP: Duration = Duration::from_millis(100);
@@ -29,9 +31,26 @@ const SPARE_MARGIN: u64 = 192 << 10;
 /// Surplus must last this long before memory is given back.
 const PATIENCE: Duration = Duration::from_millis(500);
 
-/// Segments whose table entries are in use: ids are handed out from 0 up, one for each frame.
+/// Segments whose table entries are in use: ids are handed out from 0 up.
 pub(super) fn known_segments(s: &Shared) -> u32 {
     s.known.load(Ordering::Acquire)
+}
+
+/// Ids that there must be: one for every frame and every segment below, and for one more of each. Growth
+/// sees to that before it adds a frame, the mover before it moves a segment down, whose frame is then
+/// free. So whoever finds a free frame finds an id.
+fn wanted_ids(s: &Shared) -> u32 {
+    let below = s.lower.as_ref().map_or(0, |lower| lower.taken());
+    s.held_frames.load(Ordering::Acquire) + below + 2
+}
+
+/// Whether there are; wakes growth if not.
+pub(super) fn enough_ids(s: &Shared) -> bool {
+    let enough = known_segments(s) >= wanted_ids(s).min(s.arena.max_segments());
+    if !enough {
+        s.wake_growth();
+    }
+    enough
 }
 
 /// Frames that the limit still allows to grow.
@@ -117,22 +136,37 @@ impl Growth {
         let reserve = reserve.max(least_reserve(&s.config));
         s.reserve.store(reserve, Ordering::Relaxed);
         self.grow_meta(&s)?;
+        self.grow_ids(&s)?;
         while s.arena.frames_ready() < reserve && growable_frames(&s) > 0 && !s.stop.load(Ordering::Relaxed) {
             let Some(f) = self.frames.lowest_absent() else { break };
-            let first_time = f >= known_segments(&s);
+            if !self.grow_ids(&s)? {
+                break;
+            }
             let spare = &mut self.spare;
-            if !s.arena.grow_frame(FrameNo(f), first_time, |bytes| wait_for_spare(spare, &s, bytes))? {
+            if !s.arena.grow_frame(FrameNo(f), |bytes| wait_for_spare(spare, &s, bytes))? {
                 break;
             }
             self.frames.set(f);
-            s.held_frames.fetch_add(1, Ordering::Relaxed);
-            if first_time {
-                s.known.store(f + 1, Ordering::Release);
-            }
+            s.held_frames.fetch_add(1, Ordering::Release);
             self.grow_meta(&s)?;
         }
         self.give_back(&s, reserve);
         Ok(())
+    }
+
+    /// Makes the ids that are needed, and above a disk some for what will go down. False: the store is
+    /// closing.
+    fn grow_ids(&mut self, s: &Shared) -> Result<bool> {
+        let ahead = if s.lower.is_some() { IDS_AHEAD } else { 0 };
+        let wanted = (wanted_ids(s) + ahead).min(s.arena.max_segments());
+        for id in known_segments(s)..wanted {
+            if !wait_for_spare(&mut self.spare, s, PAGE_BYTES) {
+                return Ok(false);
+            }
+            s.arena.grow_id(SegmentId(id))?;
+            s.known.store(id + 1, Ordering::Release);
+        }
+        Ok(true)
     }
 
     fn measure_rate(&mut self, s: &Shared) {

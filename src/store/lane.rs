@@ -2,9 +2,13 @@
 //! opened; no request allocates, takes a lock or waits for another thread's memory.
 
 use super::append::{kept_by_lanes, Appender, Outcome};
+use super::fetch::{most_bytes, piece, Fetch};
 use super::{Shared, Store};
 use crate::codec::{fill, same_filled};
 use crate::error::{Error, Result};
+use crate::io::Buffer;
+use crate::log::record::Header;
+use crate::log::segment::Place;
 use crate::map::{swap_if, Kind, Slot, Stored};
 use crate::page::{PageNo, VolumeId, CLUSTER_PAGES, PAGE_BYTES, SECTOR_BYTES};
 use crate::sync::yield_now;
@@ -24,15 +28,26 @@ struct Decoded {
     sealed: Option<u64>,
 }
 
+/// What came of replacing a part of a page.
+enum Splice {
+    Done,
+    NoRoom,
+    /// Another write came between.
+    Again,
+    Fetch(Fetch),
+}
+
 /// One I/O thread's way into a [`crate::Volume`].
 pub struct Lane {
-    store: Store,
+    pub(super) store: Store,
     pub(super) volume: VolumeId,
     index: usize,
     appender: Appender,
     /// The last group decoded, and where it came from: neighbours are often read next, each alone.
     group: Box<[u8]>,
     group_of: Option<Decoded>,
+    /// Room for what this lane reads from disk itself.
+    pub(super) blocks: Option<Buffer>,
 }
 
 impl Lane {
@@ -41,44 +56,53 @@ impl Lane {
         let s = store.shared();
         let appender = Appender::new(s, kept_by_lanes(&s.config));
         let group = vec![0xa5; if s.config.group_pages_seen > 1 { s.config.group_pages_seen * PAGE_BYTES } else { 0 }];
-        Ok(Lane { volume, index, appender, group: group.into(), group_of: None, store })
+        let blocks = s.lower.as_ref().map(|_| Buffer::new(most_bytes(s.config.group_pages_seen)));
+        Ok(Lane { volume, index, appender, group: group.into(), group_of: None, blocks, store })
     }
 
     /// Reads a range; what was never written reads as zeros.
     pub fn read(&mut self, offset: u64, buf: &mut [u8]) -> Result<()> {
-        self.check(offset, buf.len() as u64)?;
-        let mut at = offset;
-        let mut rest = buf;
-        while !rest.is_empty() {
-            let first = PageNo((at / PAGE_BYTES as u64) as u32);
-            let inner = (at % PAGE_BYTES as u64) as usize;
-            let n = if inner == 0 && rest.len() >= PAGE_BYTES {
-                let n = (rest.len() / PAGE_BYTES).min(EPOCH_PAGES) * PAGE_BYTES;
-                self.in_epoch(|lane, s| {
-                    for (i, out) in rest[..n].chunks_exact_mut(PAGE_BYTES).enumerate() {
-                        let page = PageNo(first.0 + i as u32);
-                        let word = crate::map::load(&s.map, &s.arena, lane.volume, page);
-                        lane.decode(s, page, word, out)?;
-                    }
-                    Ok(())
-                })?;
-                n
-            } else {
-                let n = rest.len().min(PAGE_BYTES - inner);
-                let mut page = [0u8; PAGE_BYTES];
-                let done = self.in_epoch(|lane, s| {
-                    let word = crate::map::load(&s.map, &s.arena, lane.volume, first);
-                    lane.decode(s, first, word, &mut page)
-                });
-                rest[..n].copy_from_slice(&page[inner..inner + n]);
-                done?;
-                n
-            };
-            self.count(|c| &c.reads, n);
-            at += n as u64;
-            rest = &mut rest[n..];
+        let mut done = 0;
+        while done < buf.len() {
+            let (n, fetch) = self.read_or_fetch(offset + done as u64, &mut buf[done..])?;
+            done += n;
+            if let Some(fetch) = fetch {
+                done += self.fetch_now(fetch, offset + done as u64, &mut buf[done..])?;
+            }
         }
         Ok(())
+    }
+
+    /// Reads a range as far as it lies in memory, without waiting. Returns the bytes done, and if they
+    /// are not all what must be read from disk to go on; see [`Lane::take_fetched`].
+    pub fn read_or_fetch(&mut self, offset: u64, buf: &mut [u8]) -> Result<(usize, Option<Fetch>)> {
+        self.check(offset, buf.len() as u64)?;
+        let mut done = 0;
+        while done < buf.len() {
+            let before = done;
+            let fetch = self.in_epoch(|lane, s| {
+                for _ in 0..EPOCH_PAGES {
+                    let (page, inner, n) = piece(offset + done as u64, buf.len() - done);
+                    let word = crate::map::load(&s.map, &s.arena, lane.volume, page);
+                    let out = &mut buf[done..done + n];
+                    if let Some(mut fetch) = lane.decode_part(s, page, word, inner, out)? {
+                        let pages = (inner + buf.len() - done).div_ceil(PAGE_BYTES);
+                        lane.widen(s, &mut fetch, pages as u32);
+                        return Ok(Some(fetch));
+                    }
+                    done += n;
+                    if done == buf.len() {
+                        break;
+                    }
+                }
+                Ok(None)
+            })?;
+            self.count_reads(done - before);
+            if fetch.is_some() {
+                return Ok((done, fetch));
+            }
+        }
+        Ok((done, None))
     }
 
     /// Writes what there is room for at this moment and returns the bytes done. Fewer than asked
@@ -212,23 +236,84 @@ impl Lane {
         result
     }
 
-    /// Puts the content that `word` stands for into `out`, one page long. Within an epoch.
-    fn decode(&mut self, s: &Shared, page: PageNo, word: Slot, out: &mut [u8]) -> Result<()> {
+    pub(super) fn count_reads(&self, bytes: usize) {
+        self.count(|c| &c.reads, bytes);
+    }
+
+    /// As `decode`, of a part of the page from byte `inner` on.
+    fn decode_part(
+        &mut self,
+        s: &Shared,
+        page: PageNo,
+        word: Slot,
+        inner: usize,
+        out: &mut [u8],
+    ) -> Result<Option<Fetch>> {
+        if out.len() == PAGE_BYTES {
+            return self.decode(s, page, word, out);
+        }
+        let mut whole = [0u8; PAGE_BYTES];
+        let fetch = self.decode(s, page, word, &mut whole)?;
+        out.copy_from_slice(&whole[inner..inner + out.len()]);
+        Ok(fetch)
+    }
+
+    /// Puts the content that `word` stands for into `out`, one page long. Within an epoch. Some: it is
+    /// not in memory, and this must be read for it.
+    fn decode(&mut self, s: &Shared, page: PageNo, word: Slot, out: &mut [u8]) -> Result<Option<Fetch>> {
         let at = match word.kind() {
             Kind::Empty | Kind::Frozen => {
                 out.fill(0);
-                return Ok(());
+                return Ok(None);
             }
             Kind::Fill(pattern) => {
                 fill(pattern, out);
-                return Ok(());
+                return Ok(None);
             }
             Kind::Lost => return Err(Error::Lost { page: page.0 }),
             Kind::Stored(at) => at,
         };
+        // Only of use for groups.
+        let sealed = if self.group.is_empty() { None } else { s.segments.sealed_as(&s.arena, at.segment) };
+        let frame = match s.segments.place(&s.arena, at.segment) {
+            Place::Memory(frame) => frame,
+            Place::Below(_) if self.decoded(at, sealed) => {
+                self.copy_of_group(at, out);
+                return Ok(None);
+            }
+            Place::Below(_) => return self.plan(s, page, word, at).map(Some),
+        };
+        if s.lower.is_some() {
+            s.segments.touch(&s.arena, at.segment);
+        }
+        let record = s.segments.record(&s.arena, frame, at.offset as usize);
         let corrupt = || Error::Corrupt { page: page.0, segment: at.segment.0, offset: at.offset };
-        let frame = s.segments.frame(&s.arena, at.segment);
-        let (header, record) = s.segments.record(&s.arena, frame, at.offset as usize).ok_or_else(corrupt)?;
+        let (header, record) = record.ok_or_else(corrupt)?;
+        self.decode_record(page, at, header, record, sealed, out).map(|()| None)
+    }
+
+    /// Whether the group that was decoded last is this record.
+    fn decoded(&self, at: Stored, sealed: Option<u64>) -> bool {
+        self.group_of.is_some_and(|group| {
+            (group.at.segment, group.at.offset) == (at.segment, at.offset) && group.sealed == sealed
+        })
+    }
+
+    fn copy_of_group(&self, at: Stored, out: &mut [u8]) {
+        out.copy_from_slice(&self.group[at.index as usize * PAGE_BYTES..][..PAGE_BYTES]);
+    }
+
+    /// Decodes a page's record, which is that of a segment sealed with that number (None: open).
+    pub(super) fn decode_record(
+        &mut self,
+        page: PageNo,
+        at: Stored,
+        header: Header,
+        record: &[u8],
+        sealed: Option<u64>,
+        out: &mut [u8],
+    ) -> Result<()> {
+        let corrupt = || Error::Corrupt { page: page.0, segment: at.segment.0, offset: at.offset };
         if header.volume != self.volume
             || header.page.0.checked_add(at.index) != Some(page.0)
             || at.index as usize >= header.pages
@@ -240,11 +325,7 @@ impl Lane {
             return if self.appender.codec.decompress(header.codec, payload, out) { Ok(()) } else { Err(corrupt()) };
         }
         let whole = header.pages * PAGE_BYTES;
-        let sealed = s.segments.sealed_as(&s.arena, at.segment);
-        let same = self.group_of.is_some_and(|group| {
-            (group.at.segment, group.at.offset) == (at.segment, at.offset) && group.sealed == sealed
-        });
-        if !same {
+        if !self.decoded(at, sealed) {
             self.group_of = None;
             let group = self.group.get_mut(..whole).ok_or_else(corrupt)?;
             if !self.appender.codec.decompress(header.codec, payload, group) {
@@ -252,7 +333,7 @@ impl Lane {
             }
             self.group_of = Some(Decoded { at, sealed });
         }
-        out.copy_from_slice(&self.group[at.index as usize * PAGE_BYTES..][..PAGE_BYTES]);
+        self.copy_of_group(at, out);
         Ok(())
     }
 
@@ -340,60 +421,73 @@ impl Lane {
     /// Replaces `len` bytes within a page, by `data` or by zeros, against the very word it was
     /// read from: a write to other bytes of the page in between makes it start anew. False: no
     /// room at this moment.
+    ///
+    /// The rest of a page that lies on disk is waited for. (A kernel that swaps writes whole pages.)
     fn splice(&mut self, page: PageNo, inner: usize, len: usize, data: Option<&[u8]>) -> Result<bool> {
+        let mut plain = [0u8; PAGE_BYTES];
+        let mut fetched = None;
         loop {
-            let step = self.in_epoch(|lane, s| lane.splice_once(s, page, inner, len, data))?;
-            if let Some(done) = step {
-                return Ok(done);
+            let part = (inner, len, data);
+            match self.in_epoch(|lane, s| lane.splice_once(s, page, part, &mut plain, fetched))? {
+                Splice::Done => return Ok(true),
+                Splice::NoRoom => return Ok(false),
+                Splice::Again => fetched = None,
+                Splice::Fetch(fetch) => {
+                    let n = self.fetch_now(fetch, u64::from(page.0) * PAGE_BYTES as u64, &mut plain)?;
+                    fetched = (n == PAGE_BYTES).then_some(fetch);
+                }
             }
         }
     }
 
-    /// None: another write came between.
+    /// `fetched`: what `plain` was fetched by.
     fn splice_once(
         &mut self,
         s: &Shared,
         page: PageNo,
-        inner: usize,
-        len: usize,
-        data: Option<&[u8]>,
-    ) -> Result<Option<bool>> {
-        let Ok(leaf) = s.map.leaf_for_write(&s.arena, self.volume, page.cluster()) else { return Ok(Some(false)) };
+        (inner, len, data): (usize, usize, Option<&[u8]>),
+        plain: &mut [u8; PAGE_BYTES],
+        fetched: Option<Fetch>,
+    ) -> Result<Splice> {
+        let Ok(leaf) = s.map.leaf_for_write(&s.arena, self.volume, page.cluster()) else { return Ok(Splice::NoRoom) };
         let slot = &leaf[page.slot()];
         let old = Slot(slot.load(Ordering::Acquire));
         if old.is_frozen() {
             yield_now();
-            return Ok(None);
+            return Ok(Splice::Again);
         }
-        let mut plain = [0u8; PAGE_BYTES];
-        self.decode(s, page, old, &mut plain)?;
+        if !fetched.is_some_and(|fetch| fetch.stands(s, old)) {
+            if let Some(fetch) = self.decode(s, page, old, plain)? {
+                return Ok(Splice::Fetch(fetch));
+            }
+        }
         match data {
             Some(data) => plain[inner..inner + len].copy_from_slice(&data[..len]),
             None => plain[inner..inner + len].fill(0),
         }
-        let pattern = same_filled(&plain);
+        let pattern = same_filled(plain);
         let new = match pattern.and_then(Slot::fill) {
             Some(word) => word,
             None => {
                 let outcome = match pattern {
                     Some(pattern) => self.appender.fill(s, self.volume, page, pattern),
-                    None => self.appender.pages(s, self.volume, page, &plain),
+                    None => self.appender.pages(s, self.volume, page, plain),
                 };
                 match outcome {
                     Outcome::Done(record) => record.slot(0),
-                    Outcome::Split | Outcome::NoRoom => return Ok(Some(false)),
+                    Outcome::Split | Outcome::NoRoom => return Ok(Splice::NoRoom),
                 }
             }
         };
         crash_point!("splice: record counted, slot old");
         if !swap_if(slot, old, new) {
             self.forget(s, new);
-            return Ok(None);
+            return Ok(Splice::Again);
         }
         let counters = &s.counters[self.index];
         s.born(counters, new);
         s.died(counters, old);
-        Ok(Some(true))
+        Ok(Splice::Done)
     }
 
     /// Drops pages `from..until` of one cluster. Within an epoch.

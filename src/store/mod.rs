@@ -3,7 +3,8 @@
 //! Who does what: *lanes* (one to an I/O thread) read and write and never wait; the *growth*
 //! thread alone asks the host for memory and gives it back; the *cleaner* thread copies what is
 //! live out of segments that are mostly dead, returns memory after its grace period, and compresses
-//! again what has long lain still.
+//! again what has long lain still; the *mover* thread, if there is a disk tier, writes the oldest
+//! segments down to it when memory runs short.
 //!
 //! What a store holds is in its arena, and everything else can be made anew from that
 //! (`recover.rs`); `audit.rs` says the same invariants once more, as a check.
@@ -15,6 +16,8 @@
 mod append;
 mod audit;
 mod clean;
+mod demote;
+mod fetch;
 mod grow;
 mod kinds;
 mod lane;
@@ -25,7 +28,9 @@ mod recover;
 mod standby;
 #[cfg(feature = "crash-points")]
 mod steps;
+mod survivors;
 
+pub use fetch::{Fetch, Taken};
 pub use kinds::PageKind;
 pub use lane::Lane;
 pub use standby::Standby;
@@ -35,11 +40,13 @@ pub use steps::Steps;
 use crate::arena::{create_arena, Arena, Waiting};
 use crate::config::{Checked, StoreConfig};
 use crate::error::{Error, Result};
+use crate::io::Backing;
 use crate::log::epoch::Epochs;
 use crate::log::segment::Segments;
 use crate::map::{Kind, Map, Slot};
 use crate::page::{VolumeId, MAX_VOLUMES, PAGE_BYTES};
 use crate::stats::Stats;
+use crate::tier::{extents_in, Lower};
 use crate::volume::Volume;
 use recover::Found;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -67,6 +74,8 @@ pub(crate) struct Shared {
     pub arena: Arena,
     pub map: Map,
     pub segments: Segments,
+    /// The disk tier.
+    pub lower: Option<Lower>,
     pub epochs: Epochs,
     /// One for each lane, and the last for what was there when the store was opened.
     pub counters: Box<[Counters]>,
@@ -87,15 +96,16 @@ pub(crate) struct Shared {
     pub clock_s: AtomicU32,
     growth: OnceLock<Thread>,
     cleaner: OnceLock<Thread>,
+    mover: OnceLock<Thread>,
     lanes: Mutex<Vec<bool>>,
     /// How many there are.
     volumes: Mutex<usize>,
-    /// Held by growth and by the cleaner while they do anything.
-    pub quiet: [Mutex<()>; 2],
+    /// Held by growth, by the cleaner and by the mover while they do anything.
+    pub quiet: [Mutex<()>; 3],
 }
 
 impl Shared {
-    fn new(config: Checked, arena: Arena, map: Map, segments: Segments, found: &Found) -> Shared {
+    fn new(config: Checked, arena: Arena, map: Map, segments: Segments, lower: Option<Lower>, found: &Found) -> Shared {
         let counters: Box<[Counters]> = (0..=config.max_lanes).map(|_| Counters::default()).collect();
         let before = &counters[config.max_lanes];
         bump(&before.stored_pages, found.pages.stored);
@@ -105,7 +115,9 @@ impl Shared {
         Shared {
             map,
             segments,
-            epochs: Epochs::new(config.max_lanes + 1),
+            lower,
+            // The lanes', the cleaner's, the mover's.
+            epochs: Epochs::new(config.max_lanes + 2),
             counters,
             stop: AtomicBool::new(false),
             reserve: AtomicU32::new(4),
@@ -119,9 +131,10 @@ impl Shared {
             clock_s: AtomicU32::new(0),
             growth: OnceLock::new(),
             cleaner: OnceLock::new(),
+            mover: OnceLock::new(),
             lanes: Mutex::new(vec![false; config.max_lanes]),
             volumes: Mutex::new(found.volumes),
-            quiet: [Mutex::new(()), Mutex::new(())],
+            quiet: [Mutex::new(()), Mutex::new(()), Mutex::new(())],
             arena,
             config,
         }
@@ -141,6 +154,20 @@ impl Shared {
 
     pub fn wake_cleaner(&self) {
         if let Some(t) = self.cleaner.get() {
+            t.unpark();
+        }
+    }
+
+    /// Who announces epochs beside the lanes.
+    pub fn cleaner_epoch(&self) -> usize {
+        self.config.max_lanes
+    }
+    pub fn mover_epoch(&self) -> usize {
+        self.config.max_lanes + 1
+    }
+
+    pub fn wake_mover(&self) {
+        if let Some(t) = self.mover.get() {
             t.unpark();
         }
     }
@@ -311,6 +338,7 @@ impl Store {
                 .map(live)
                 .sum(),
             recompressed_segments: s.recompressed.load(Ordering::Relaxed),
+            disk: s.lower.as_ref().map(|lower| demote::stats(s, lower)),
         }
     }
 
@@ -350,16 +378,42 @@ fn check_volume_bytes(bytes: u64) -> Result<()> {
 }
 
 /// Everything but the threads. True: the arena was empty.
-fn build(mut config: Checked, waiting: Waiting) -> Result<(Arc<Shared>, grow::Growth, bool)> {
+fn build(mut config: Checked, waiting: Waiting, backing: Option<Backing>) -> Result<(Arc<Shared>, grow::Growth, bool)> {
     let begun = Instant::now();
     let (arena, found) = Arena::open(&mut config, waiting)?;
-    let (map, segments) = (Map::new(), Segments::new(arena.max_frames()));
-    let what = if found { recover::recover(&arena, &segments, &map)? } else { Found::nothing(&arena) };
+    let (map, segments) = (Map::new(), Segments::new(arena.max_segments()));
+    let lower = backing.map(|backing| attach(&config, &arena, backing)).transpose()?;
+    let what = if found { recover::recover(&arena, &segments, &map, lower.as_ref())? } else { Found::nothing(&arena) };
     if found {
         let (count, volumes) = (what.pages.stored + what.pages.filled + what.pages.zero, what.volumes);
         tracing::info!("took up an arena: {volumes} volumes, {count} pages, in {:?}", begun.elapsed());
     }
-    let shared = Arc::new(Shared::new(config, arena, map, segments, &what));
+    let shared = Arc::new(Shared::new(config, arena, map, segments, lower, &what));
     let growth = grow::Growth::new(shared.clone(), what.frames, what.meta, found);
     Ok((shared, growth, !found))
+}
+
+/// Binds a disk tier to the arena, or finds that it is bound to it already.
+fn attach(config: &Checked, arena: &Arena, backing: Backing) -> Result<Lower> {
+    let room = arena.max_segments() - arena.max_frames();
+    if room == 0 {
+        return Err(Error::BadArena("it was made without a disk tier: take the pages out and make a new one".into()));
+    }
+    let mut id = arena.tier();
+    // Half of one: the store that made it was killed before it used it.
+    let fresh = id[..8] == [0; 8] || id[8..] == [0; 8];
+    if fresh {
+        backing.claim()?;
+        id = crate::arena::random()?;
+        backing.initialise(&id)?;
+        arena.set_tier(&id);
+    } else {
+        // Pages are read from it at once; the mover claims it before it writes.
+        backing.check(&id)?;
+    }
+    let extents = extents_in(backing.bytes(), arena.segment_bytes()).min(room);
+    let encrypt = config.below.as_ref().is_none_or(|tier| tier.encrypt);
+    let lower = Lower::new(backing, id, encrypt.then_some(&arena.key()), extents, arena.segment_bytes());
+    lower.claimed.store(fresh, Ordering::Relaxed);
+    Ok(lower)
 }

@@ -48,10 +48,12 @@ fn store() -> Store {
         hot_bytes: 1 << 20,
         cold: None,
         codecs_seen: CodecChoice::Lz4.bit(),
+        below: None,
+        below_bytes: 0,
     };
     let found = Found { frames: all(FRAMES), meta: all(META), known: FRAMES, pages: Pages::default(), volumes: 1 };
     let arena = Arena::simulated(config.segment_bytes as usize, FRAMES, META, PAGES * PAGE);
-    let shared = Arc::new(Shared::new(config, arena, Map::new(), Segments::new(FRAMES), &found));
+    let shared = Arc::new(Shared::new(config, arena, Map::new(), Segments::new(FRAMES), None, &found));
     Store { owner: Arc::new(Owner { shared, threads: Vec::new() }) }
 }
 

@@ -3,7 +3,7 @@
 //!
 //! Story of one segment: the oldest that is sealed and not cold; claimed as for cleaning; its live pages
 //! are listed and sorted by number; each run is decoded, compressed as one record into a segment that is
-//! marked cold, and each slot exchanged from the very word that was seen (`clean.rs` argues why that
+//! marked cold, and each slot exchanged from the very word that was seen (`survivors.rs` argues why that
 //! loses nothing). What does not compress goes as it is, alone. Then the segment is empty and retired.
 //!
 //! This runs in the cleaner's thread, after cleaning, which matters more. Gently, it does one segment
@@ -11,7 +11,7 @@
 //! slower codec is paid for by whoever reads such a page; a page that is written again is hot again.
 
 use super::append::{Appender, Outcome};
-use super::clean::{relocate, word_of};
+use super::survivors::{relocate, word_of};
 use super::Shared;
 use crate::codec::{FILL, RAW};
 use crate::config::Cold;
@@ -141,7 +141,7 @@ impl Recompressor {
                     Stored { segment: victim.segment, offset: at as u32, index: i as u32, share: header.share(i) };
                 let page = header.page.0 + i as u32;
                 let word = Slot::stored(stored);
-                if word_of(s, header.volume, PageNo(page)) == word {
+                if word_of(s, s.cleaner_epoch(), header.volume, PageNo(page)) == word {
                     self.batch.push(Live { at: u64::from(header.volume.0) << 32 | u64::from(page), word, stored });
                 }
             }
@@ -160,7 +160,7 @@ impl Recompressor {
             let (header, bytes) = record(s, victim, first.stored.offset as usize);
             if header.codec == RAW || header.codec == FILL {
                 let Outcome::Done(copy) = self.appender.copy(s, header, bytes) else { return false };
-                relocate(s, first.volume(), first.page(), first.word, copy.slot(0));
+                relocate(s, s.cleaner_epoch(), first.volume(), first.page(), first.word, copy.slot(0));
                 i += 1;
                 continue;
             }
@@ -169,7 +169,7 @@ impl Recompressor {
             match self.appender.pages(s, first.volume(), first.page(), &self.plain[..run * PAGE_BYTES]) {
                 Outcome::Done(copy) => {
                     for (k, live) in self.batch[i..i + run].iter().enumerate() {
-                        relocate(s, live.volume(), live.page(), live.word, copy.slot(k));
+                        relocate(s, s.cleaner_epoch(), live.volume(), live.page(), live.word, copy.slot(k));
                     }
                     i += run;
                 }

@@ -18,9 +18,10 @@
 
 use crate::arena::{Arena, Residency, Resident};
 use crate::error::{Error, Result};
-use crate::log::segment::Segments;
+use crate::log::segment::{Place, Segments};
 use crate::map::{walk, Kind, Map, Reached, Slot, LOST};
 use crate::page::{FrameNo, MetaNo, SegmentId, VolumeId};
+use crate::tier::Lower;
 use std::sync::atomic::Ordering;
 
 /// Pages by kind, as counted.
@@ -69,13 +70,16 @@ impl Found {
 }
 
 /// Walks an arena and rebuilds everything that is not in it.
-pub(super) fn recover(arena: &Arena, segments: &Segments, map: &Map) -> Result<Found> {
+pub(super) fn recover(arena: &Arena, segments: &Segments, map: &Map, lower: Option<&Lower>) -> Result<Found> {
     let volumes = arena.volumes()?;
     let mut there = arena.residency()?;
     let entries = there.entries;
     crash_point!("recovery: resident");
     mend(arena, segments, &mut there)?;
-    segments.begin_recount(arena, entries)?;
+    segments.begin_recount(arena, entries, |extent| match lower {
+        Some(lower) => lower.found(extent),
+        None => Err(Error::BadArena("pages of it are on a disk tier: open it with that tier".into())),
+    })?;
     let mut pages = Pages::default();
     let mut reached = Reached::new(arena, true);
     for v in 0..volumes.len() {
@@ -93,8 +97,9 @@ pub(super) fn recover(arena: &Arena, segments: &Segments, map: &Map) -> Result<F
     if pages.lost > 0 {
         tracing::error!("{} pages are lost: their slots named segments that cannot be", pages.lost);
     }
-    let table = segments.end_recount(arena, entries)?;
-    let known = table.end.max(there.frames.descending().next().map_or(0, |f| f + 1));
+    let table =
+        segments.end_recount(arena, entries, |extent| lower.into_iter().for_each(|lower| lower.give(extent)))?;
+    let known = table.end.max(there.frames.count() + table.below);
     arena.populate_entries(known)?;
     crash_point!("recovery: table rebuilt");
     // The lowest come out first.
@@ -112,7 +117,7 @@ pub(super) fn recover(arena: &Arena, segments: &Segments, map: &Map) -> Result<F
 /// what was in it does not decode, and that is found when it is read; all else is served.
 fn mend(arena: &Arena, segments: &Segments, there: &mut Residency) -> Result<()> {
     for id in 0..there.entries {
-        let Some(f) = segments.frame_in_use(arena, SegmentId(id)) else { continue };
+        let Some(Place::Memory(f)) = segments.in_use(arena, SegmentId(id)) else { continue };
         if f.0 >= arena.max_frames() {
             return Err(Error::BadArena(format!("segment {id} has frame {}, which cannot be", f.0)));
         }

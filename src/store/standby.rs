@@ -5,11 +5,14 @@
 //! find none. What opening needs is therefore there already: the mapping and its page tables, the
 //! threads with their stacks, heap enough for what is made from the walk.
 
+use super::demote::{Mover, Tools};
+use super::fetch::most_bytes;
 use super::{build, clean, Owner, Store};
 use crate::arena::{host_memory, Spare, Waiting};
 use crate::codec::Codec;
 use crate::config::{Checked, StoreConfig};
 use crate::error::{system, Result};
+use crate::io::Backing;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{JoinHandle, Thread};
@@ -26,16 +29,26 @@ pub struct Standby {
     spare: Spare,
     growth: Idle,
     cleaner: Idle,
+    below: Option<(Backing, Tools, Idle)>,
 }
 
 impl Standby {
     /// Prepares to open a store on the arena. What is wrong with it is said by [`Standby::open`].
     pub fn new(config: StoreConfig, arena: OwnedFd) -> Result<Standby> {
         let (ram_bytes, _) = host_memory()?;
-        let config = config.validate(ram_bytes)?;
+        let mut config = config.validate(ram_bytes)?;
+        let waiting = Waiting::new(arena)?;
+        let backing = config.below.as_ref().map(Backing::open).transpose()?;
+        config.below_bytes = backing.as_ref().map_or(0, Backing::bytes);
         rehearse(&config);
+        let with_tools = |backing| {
+            // Of an arena that is there already the segments may have another size than is asked for.
+            let segment_bytes = waiting.segment_bytes().unwrap_or(config.segment_bytes as usize);
+            Ok((backing, Tools::new(segment_bytes)?, Idle::start(&config, "mover")?))
+        };
         Ok(Standby {
-            waiting: Waiting::new(arena)?,
+            below: backing.map(with_tools).transpose()?,
+            waiting,
             spare: Spare::new(),
             growth: Idle::start(&config, "growth")?,
             cleaner: Idle::start(&config, "cleaner")?,
@@ -48,9 +61,16 @@ impl Standby {
         self.waiting.keep_up(&mut self.spare)
     }
 
+    /// What [`crate::Lane::fetch_bytes`] will say, unless the arena holds larger groups than this
+    /// configuration makes. 0: there is no disk tier.
+    pub fn fetch_bytes(&self) -> usize {
+        self.below.as_ref().map_or(0, |_| most_bytes(self.config.group_pages_seen))
+    }
+
     /// Opens the store; see [`Store::open_arena`].
     pub fn open(self) -> Result<Store> {
-        let (shared, mut growth, fresh) = build(self.config, self.waiting)?;
+        let (backing, below) = self.below.map(|(backing, tools, idle)| (backing, (tools, idle))).unzip();
+        let (shared, mut growth, fresh) = build(self.config, self.waiting, backing)?;
         if fresh {
             // The first reserve is there before the first request. An arena that was found has what
             // is left of its own, and its pages may be waited for: growth must not delay them.
@@ -60,7 +80,12 @@ impl Standby {
         // Set once, here.
         let _ = shared.growth.set(self.growth.thread());
         let _ = shared.cleaner.set(self.cleaner.thread());
-        let threads = vec![self.growth.run(move || growth.run()), self.cleaner.run(move || cleaner.run())];
+        let mut threads = vec![self.growth.run(move || growth.run()), self.cleaner.run(move || cleaner.run())];
+        if let Some((tools, idle)) = below {
+            let _ = shared.mover.set(idle.thread());
+            let mut mover = Mover::new(shared.clone(), tools);
+            threads.push(idle.run(move || mover.run()));
+        }
         Ok(Store { owner: Arc::new(Owner { shared, threads }) })
     }
 }

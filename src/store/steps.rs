@@ -1,10 +1,12 @@
 //! A store without threads of its own: a test does growth's and the cleaner's work step by step, so
 //! that a history runs the same way every time.
 
+use super::demote::{Mover, Tools};
 use super::{build, clean::Cleaner, grow::Growth, Owner, Store};
 use crate::arena::{host_memory, Waiting};
 use crate::config::StoreConfig;
 use crate::error::Result;
+use crate::io::Backing;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -12,15 +14,20 @@ use std::sync::Arc;
 pub struct Steps {
     growth: Growth,
     cleaner: Cleaner,
+    mover: Option<Mover>,
 }
 
 impl Steps {
     /// As [`Store::open_arena`], but nothing happens in the background.
     pub fn open(config: StoreConfig, arena: OwnedFd) -> Result<(Store, Steps)> {
-        let config = config.validate(host_memory()?.0)?;
-        let (shared, growth, _) = build(config, Waiting::new(arena)?)?;
+        let mut config = config.validate(host_memory()?.0)?;
+        let backing = config.below.as_ref().map(Backing::open).transpose()?;
+        config.below_bytes = backing.as_ref().map_or(0, Backing::bytes);
+        let (shared, growth, _) = build(config, Waiting::new(arena)?, backing)?;
         let cleaner = Cleaner::new(shared.clone());
-        Ok((Store { owner: Arc::new(Owner { shared, threads: Vec::new() }) }, Steps { growth, cleaner }))
+        let tools = shared.lower.is_some().then(|| Tools::new(shared.arena.segment_bytes())).transpose()?;
+        let mover = tools.map(|tools| Mover::new(shared.clone(), tools));
+        Ok((Store { owner: Arc::new(Owner { shared, threads: Vec::new() }) }, Steps { growth, cleaner, mover }))
     }
 
     /// Grows to the reserve.
@@ -38,8 +45,21 @@ impl Steps {
         self.cleaner.step()
     }
 
-    /// Seals what the cleaner has open.
+    /// Seals what the cleaner and the mover have open.
     pub fn close_cleaner(&mut self) {
         self.cleaner.close();
+        if let Some(mover) = &mut self.mover {
+            mover.close();
+        }
+    }
+
+    /// The oldest sealed segments down, whether memory is short or not. True: some went.
+    pub fn demote(&mut self) -> bool {
+        self.mover.as_mut().is_some_and(Mover::move_now)
+    }
+
+    /// One extent compacted, whether they are short or not.
+    pub fn compact(&mut self) -> bool {
+        self.mover.as_mut().is_some_and(Mover::compact_now)
     }
 }

@@ -24,7 +24,7 @@ use std::path::Path;
 use std::process::Command;
 
 /// Of the letter, the board and the workers' words together.
-pub const HANDOVER_VERSION: u32 = 3;
+pub const HANDOVER_VERSION: u32 = 4;
 const LETTER: &str = "GHOSTSWAP_HANDOVER";
 
 /// What a supervisor leaves to the next.

@@ -1,8 +1,9 @@
 //! One ublk hardware queue: its thread, its lane into the store, its requests.
 //!
 //! Every request is read and written with `pread`/`pwrite` on the device's control node (user
-//! copy), through one 64 KiB buffer of the thread. Reads, discards and zeroes are served the moment
-//! they arrive. Writes queue up and are done a slice of 64 KiB at a time; between slices newly
+//! copy), through one 64 KiB buffer of the thread. Reads from memory, discards and zeroes are served the
+//! moment they arrive; what a read finds on disk is fetched while others are served (`queue/fetch.rs`).
+//! Writes queue up and are done a slice of 64 KiB at a time; between slices newly
 //! arrived requests come first, so a 512 KiB swap-out does not hold a page fault back.
 //!
 //! A write for which the store has no room is parked: it keeps its place while the thread serves
@@ -36,8 +37,10 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 mod feed;
+mod fetch;
 
 use feed::{Owed, Watch, GATHERED, TOLD};
+use fetch::{Fetches, Read, FETCH, FETCHES};
 
 /// Bytes moved between the kernel and the store at a time.
 pub const SLICE_BYTES: usize = 64 << 10;
@@ -132,6 +135,7 @@ struct Server<'a> {
     counters: &'a Counters,
     beat: &'a AtomicU64,
     feed: Option<Arc<Feed>>,
+    fetches: Fetches,
     watch: Watch,
     owed: Owed,
     /// Since when the first write has made no progress.
@@ -169,17 +173,25 @@ pub struct Running {
 
 impl Idle {
     /// Returns once the thread has its ring.
-    pub fn start(qid: u16, depth: u16, shared: Arc<Shared>, feed: Option<Arc<Feed>>) -> Result<Idle> {
+    /// `fetch_bytes`: room that a fetch from disk takes, 0 if there is no disk.
+    pub fn start(
+        qid: u16,
+        depth: u16,
+        fetch_bytes: usize,
+        shared: Arc<Shared>,
+        feed: Option<Arc<Feed>>,
+    ) -> Result<Idle> {
         let (jobs, given) = sync_channel::<Job>(1);
         let (tell, news) = sync_channel(1);
         let body = move || {
             let prepared = prepare(qid, depth);
             let failed = prepared.is_err();
+            let fetches = Fetches::new(depth, fetch_bytes);
             let _ = tell.send(prepared);
             // No job comes if the standby was not needed.
             let (false, Ok((dev, lane))) = (failed, given.recv()) else { return };
             let ready = || drop(tell.send(Ok(0)));
-            if let Err(e) = serve(qid, &dev, lane, shared.board, feed, ready) {
+            if let Err(e) = serve(qid, &dev, lane, shared.board, (feed, fetches), ready) {
                 let _ = tell.send(Err(e));
             }
         };
@@ -201,7 +213,8 @@ impl Idle {
 /// All that needs no device.
 fn prepare(qid: u16, depth: u16) -> Result<libc::pid_t> {
     crate::protect::first_in_line(crate::protect::TAKE_OVER_PRIORITY);
-    init_ring(u32::from(depth) + 4).map_err(|e| anyhow!("cannot set up io_uring for queue {qid}: {e:?}"))?;
+    init_ring(u32::from(depth) + 4 + FETCHES as u32)
+        .map_err(|e| anyhow!("cannot set up io_uring for queue {qid}: {e:?}"))?;
     // SAFETY: no preconditions.
     Ok(unsafe { libc::gettid() })
 }
@@ -213,7 +226,7 @@ fn serve(
     dev: &UblkDev,
     lane: Lane,
     board: &Board,
-    feed: Option<Arc<Feed>>,
+    (feed, mut fetches): (Option<Arc<Feed>>, Fetches),
     ready: impl FnOnce(),
 ) -> Result<()> {
     let depth = dev.dev_info.queue_depth;
@@ -222,6 +235,7 @@ fn serve(
         .map_err(|e| anyhow!("cannot set up queue {qid}: {e:?}"))?;
     // libublk versions differ in what they do to this attribute.
     crate::protect::thread().context("after the set-up of the queue")?;
+    fetches.fit(lane.fetch_bytes());
     let mut server = Server {
         lane,
         buf: vec![0; SLICE_BYTES].into_boxed_slice(),
@@ -232,6 +246,7 @@ fn serve(
         watch: if qid == 0 && feed.is_some() { Watch::Idle } else { Watch::Never },
         owed: Owed::Nothing,
         feed,
+        fetches,
         stuck_since: None,
         last_refusal: None,
         timer_armed: false,
@@ -303,6 +318,7 @@ impl Server<'_> {
                 self.beat_armed = false;
                 // Should a word of the feed ever be missed, this is how long it waits.
                 self.drop_some();
+                self.fetch_again(queue);
                 return;
             }
             TOLD => {
@@ -317,6 +333,7 @@ impl Server<'_> {
                 self.owed = Owed::Now;
                 return;
             }
+            data if data & FETCH == FETCH => return self.fetched(queue, (data & !FETCH) as usize, result),
             _ => {}
         }
         if result != sys::UBLK_IO_RES_OK as i32 {
@@ -330,7 +347,7 @@ impl Server<'_> {
         let offset = iod.start_sector << 9;
         let len = u64::from(iod.nr_sectors) << 9;
         let answer = match iod.op_flags & 0xff {
-            sys::UBLK_IO_OP_READ => self.read(queue.get_qid(), tag, offset, len as usize),
+            sys::UBLK_IO_OP_READ => return self.go_on(queue, Read::new(tag, offset, len as usize)),
             sys::UBLK_IO_OP_WRITE => {
                 let gate = self.feed.as_ref().map_or(0, |feed| feed.ring().gate());
                 self.writes.push(Write { tag, offset, len: len as usize, done: 0, gate });
@@ -341,6 +358,11 @@ impl Server<'_> {
             sys::UBLK_IO_OP_FLUSH => self.lane.flush().map_or_else(|e| errno(&e), |()| DONE),
             _ => -libc::EOPNOTSUPP,
         };
+        self.answer(queue, tag, answer);
+    }
+
+    /// Answers anything but a write.
+    fn answer(&mut self, queue: &UblkQueue<'_>, tag: u16, answer: i32) {
         self.answered = true;
         self.complete(queue, tag, answer);
     }
@@ -352,25 +374,6 @@ impl Server<'_> {
         }
         let sent = queue.complete_io_cmd_unified(tag, BufDesc::Slice(&[]), Ok(UblkIORes::Result(answer)));
         debug_assert!(sent.is_ok(), "user copy accepts empty buffers");
-    }
-
-    fn read(&mut self, qid: u16, tag: u16, offset: u64, len: usize) -> i32 {
-        let mut done = 0;
-        while done < len {
-            let slice = &mut self.buf[..SLICE_BYTES.min(len - done)];
-            if let Err(e) = self.lane.read(offset + done as u64, slice) {
-                return errno(&e);
-            }
-            let at = UblkIOCtx::ublk_user_copy_pos(qid, tag, done as u32);
-            // SAFETY: the buffer is live and as long as said; the descriptor is open while the
-            // queue is.
-            let n = unsafe { libc::pwrite(self.cdev, slice.as_ptr().cast(), slice.len(), at as libc::off_t) };
-            if n != slice.len() as isize {
-                return -libc::EIO;
-            }
-            done += slice.len();
-        }
-        len as i32
     }
 
     /// Does slices of writes until none is left, room runs out, or others want to be served.

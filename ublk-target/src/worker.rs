@@ -144,7 +144,8 @@ impl<'a> Ready<'a> {
             ..StoreConfig::default()
         };
         let standby = Standby::new(config, arena)?;
-        let start = |qid| queue::Idle::start(qid, add.depth, shared.clone(), feed.clone());
+        let fetch_bytes = standby.fetch_bytes();
+        let start = |qid| queue::Idle::start(qid, add.depth, fetch_bytes, shared.clone(), feed.clone());
         let queues = (0..add.queues).map(start).collect::<Result<_>>()?;
         let watched = id.map(|id| device::watch(add, id)).transpose()?;
         let mut ready = Ready { add, shared, feed, standby, queues, watched };
@@ -275,6 +276,7 @@ impl Device {
             live_bytes: stats.live_bytes,
             held_bytes: stats.held_bytes,
             limit_bytes: stats.limit_bytes,
+            disk_bytes: stats.disk.filter(|disk| !disk.failing).map_or(0, |disk| disk.capacity_bytes),
         });
     }
 

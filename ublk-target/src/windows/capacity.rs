@@ -3,7 +3,8 @@
 //! A page costs what pages have cost so far, compressed, plus a quarter for worse content to come, plus
 //! metadata. While few pages are there to tell, half a page is assumed. Of the limit an eighth is left
 //! for what records never fill: the reserve, open segments, room for the cleaner. And a limit
-//! that the machine has no memory for counts only as far as there is some. All are pure functions.
+//! that the machine has no memory for counts only as far as there is some. A disk tier adds what it can
+//! hold, and takes records off memory. All are pure functions.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -27,6 +28,7 @@ pub struct Published {
     live_bytes: AtomicU64,
     held_bytes: AtomicU64,
     limit_bytes: AtomicU64,
+    disk_bytes: AtomicU64,
 }
 
 /// What a store holds.
@@ -40,6 +42,8 @@ pub struct Held {
     pub held_bytes: u64,
     /// The most that may be.
     pub limit_bytes: u64,
+    /// What a disk tier can hold, while it can be written to.
+    pub disk_bytes: u64,
 }
 
 impl Published {
@@ -49,6 +53,7 @@ impl Published {
         self.live_bytes.store(held.live_bytes, Ordering::Relaxed);
         self.held_bytes.store(held.held_bytes, Ordering::Relaxed);
         self.limit_bytes.store(held.limit_bytes, Ordering::Relaxed);
+        self.disk_bytes.store(held.disk_bytes, Ordering::Relaxed);
     }
 
     /// For everybody else.
@@ -58,6 +63,7 @@ impl Published {
             live_bytes: self.live_bytes.load(Ordering::Relaxed),
             held_bytes: self.held_bytes.load(Ordering::Relaxed),
             limit_bytes: self.limit_bytes.load(Ordering::Relaxed),
+            disk_bytes: self.disk_bytes.load(Ordering::Relaxed),
         }
     }
 }
@@ -67,7 +73,8 @@ impl Published {
 /// turned into store: what is available, and what can be swapped out.
 pub fn fits(held: Held, used: u64, swappable: u64) -> u64 {
     let limit = held.limit_bytes.min(held.held_bytes.saturating_add(swappable));
-    let usable = limit - limit / OVERHEAD;
+    // An eighth of the disk is for the dead among the living there.
+    let usable = limit - limit / OVERHEAD + (held.disk_bytes - held.disk_bytes / OVERHEAD);
     let unseen = usable / UNSEEN_SHARE / PAGE;
     let seen_cost = (held.live_bytes + unseen * UNSEEN) / (held.pages + unseen).max(1);
     let cost = seen_cost + seen_cost / WORSE + METADATA;
@@ -105,6 +112,10 @@ mod tests {
         assert_eq!(fits(held, 150_000, u64::MAX), more + 50_000, "dead pages make room");
         assert_eq!(fits(Held { live_bytes: 460 * MIB, ..held }, 300_000, u64::MAX), 0);
         assert_eq!(fits(Held::default(), 0, 0), 0, "nothing known yet");
+        // 1 GiB of disk on top holds as much as 1 GiB of memory does, and is there whatever memory there is.
+        let with_disk = Held { disk_bytes: 1024 * MIB, ..empty };
+        assert_eq!(fits(with_disk, 0, u64::MAX), fits(Held { limit_bytes: 1536 * MIB, ..empty }, 0, u64::MAX));
+        assert_eq!(fits(with_disk, 0, 0), fits(Held { limit_bytes: 1024 * MIB, ..empty }, 0, u64::MAX));
     }
 
     #[test]
@@ -115,7 +126,7 @@ mod tests {
             let limit_bytes = 512 * MIB;
             let most = limit_bytes * 7 / 8 / (cost + METADATA);
             for pages in (most / 8..most).step_by(10_000) {
-                let held = Held { pages, live_bytes: pages * cost, held_bytes: 0, limit_bytes };
+                let held = Held { pages, live_bytes: pages * cost, held_bytes: 0, limit_bytes, ..Held::default() };
                 assert!(pages + fits(held, pages, u64::MAX) <= most, "{cost} {pages}");
             }
         }

@@ -1,0 +1,51 @@
+#!/bin/sh
+# In the guest: a little memory above a disk tier on /dev/vda, a verifying hog of many times that, the
+# worker killed now and then, what was stored where, swapoff.
+# Status 1 if a page was wrong, anything failed or pages are left behind.
+# Arguments: block | file (ext4), RAM_TIER, HOG_MIB, THP (always | never), SECONDS of touching, DEATHS
+set -eu
+kind=$1 ram=$2 hog=$3 thp=$4 seconds=$5 deaths=${6:-0}
+echo "$thp" > /sys/kernel/mm/transparent_hugepage/enabled
+if [ "$kind" = file ]; then
+    modprobe ext4 2> /dev/null || true
+    mkfs.ext4 -q /dev/vda
+    mkdir -p /mnt
+    mount -t ext4 /dev/vda /mnt
+    disk=file:/mnt/cold,size=$(($(blockdev --getsize64 /dev/vda) / 5 * 4))
+else
+    disk=block:/dev/vda
+fi
+echo "kernel $(uname -r), THP $thp, hog $hog MiB, tiers $ram and $disk, $deaths deaths"
+dev=$(ghostswap-ublk add --size 16T --tier "$ram" --tier "$disk" --swapon)
+number() { ghostswap-ublk status --json 2> /dev/null | grep -oE "\"$1\":[0-9]+" | head -n 1 | cut -d: -f2; }
+rc=0
+if [ "$kind" = block ] && mkfs.ext4 -q -F /dev/vda 2> /dev/null; then echo "somebody else may write to the tier"; rc=1; fi
+: > /tmp/hog.out
+ghostswap-hog --mib "$hog" --threads 2 --seconds "$seconds" --thp "$thp" --hold --check-all > /tmp/hog.out 2>&1 &
+hogpid=$!
+died=0
+while kill -0 $hogpid 2> /dev/null && ! grep -q touches/s /tmp/hog.out; do
+    sleep 1
+    if [ $died -lt "$deaths" ] && [ "$(number written_segments || true)" != 0 ]; then
+        kill -9 "$(number pid)" 2> /dev/null && died=$((died + 1))
+        sleep 2
+    fi
+done
+cat /tmp/hog.out
+echo "--- free -m"; free -m
+echo "--- status"; ghostswap-ublk status
+[ $died = "$deaths" ] || { echo "only $died of $deaths deaths"; rc=1; }
+[ "$(number written_segments)" -gt 0 ] || { echo "nothing went to disk"; rc=1; }
+echo "longest take-over: $(number longest_take_over_us) us of $(number taken_over)"
+kill $hogpid 2> /dev/null || rc=1
+wait $hogpid 2> /dev/null || [ $? -eq 143 ] || rc=1
+grep -q ' 0 errors$' /tmp/hog.out || { echo "the hog found wrong pages"; rc=1; }
+sleep 3
+ghostswap-ublk swapoff 0
+sleep 2
+[ "$(number stored_pages)" = 0 ] || { echo "pages are still stored: $(number stored_pages)"; rc=1; }
+[ "$(number used_bytes)" -lt $((8 << 20)) ] || { echo "the disk is not given back: $(number used_bytes)"; rc=1; }
+ghostswap-ublk del 0
+if dmesg | grep -E 'Write-error|Read-error|I/O error|Out of memory|page allocation stall|blocked for more'; then rc=1; fi
+[ $rc = 0 ] || cat /run/ghostswap/ublk0.log
+exit $rc

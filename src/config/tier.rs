@@ -1,0 +1,242 @@
+//! A tier as the user gives it: `--tier KIND[:WHERE][,key=value…]`.
+
+use super::{parse_size, CodecChoice, Limit, MIN_LIMIT_BYTES};
+use crate::page::PAGE_BYTES;
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+/// One `--tier`.
+#[derive(Clone, Debug, PartialEq)]
+pub enum TierConfig {
+    /// `ram[,limit=SIZE|PERCENT%][,codec=lz4|zstd[:LEVEL]][,group=SIZE][,idle=TIME]`
+    Ram(RamTier),
+    /// `file:PATH,size=SIZE[,encrypt=off][,prealloc=off]` or `block:PATH[,size=SIZE][,encrypt=off]`
+    Disk(DiskTier),
+}
+
+/// Memory.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RamTier {
+    /// Memory the tier may hold. Default: half of the machine's.
+    pub limit: Limit,
+    /// Compression. Default: lz4.
+    pub codec: CodecChoice,
+    /// Contiguous bytes compressed together, 4K to 64K. Default 4K: every page alone.
+    pub group: u32,
+    /// Of a second tier: seconds after which what was written is compressed again. Default: 600.
+    pub idle_s: Option<u32>,
+}
+
+/// A file or a block device, below memory.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DiskTier {
+    /// Which of the two.
+    pub place: Place,
+    /// Bytes of it to use. Default: all of a block device.
+    pub size: Option<u64>,
+    /// Whether what goes there is encrypted. Otherwise it is only checked. Default: it is.
+    pub encrypt: bool,
+    /// Whether the file's space is taken at once. Default: it is, so that the file system has nothing to
+    /// look for, and so to wait for, when memory is short.
+    pub prealloc: bool,
+}
+
+/// Where a disk tier is.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Place {
+    /// A file of its own, made if it is not there.
+    File(PathBuf),
+    /// A block device, all of it.
+    Block(PathBuf),
+}
+
+impl Default for RamTier {
+    fn default() -> Self {
+        RamTier { limit: Limit::Default, codec: CodecChoice::Lz4, group: PAGE_BYTES as u32, idle_s: None }
+    }
+}
+
+impl Place {
+    /// Its path.
+    pub fn path(&self) -> &std::path::Path {
+        match self {
+            Place::File(path) | Place::Block(path) => path,
+        }
+    }
+}
+
+impl FromStr for TierConfig {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        let (head, options) = s.split_once(',').unwrap_or((s, ""));
+        let options = options.split(',').filter(|part| !part.is_empty());
+        if ["file", "file:", "block", "block:"].contains(&head) {
+            return Err(format!("tier '{head}' wants a path, as in file:/var/lib/ghostswap/cold,size=64G"));
+        }
+        match head.split_once(':') {
+            None if head == "ram" => ram(options).map(TierConfig::Ram),
+            Some(("file", path)) => disk(Place::File(path.into()), options).map(TierConfig::Disk),
+            Some(("block", path)) => disk(Place::Block(path.into()), options).map(TierConfig::Disk),
+            _ => Err(format!("unknown tier '{head}': known kinds are: ram, file:PATH, block:PATH")),
+        }
+    }
+}
+
+fn key_and_value(part: &str) -> Result<(&str, &str), String> {
+    part.split_once('=').ok_or_else(|| format!("tier option '{part}' wants a value, as in limit=4G"))
+}
+
+fn ram<'a>(options: impl Iterator<Item = &'a str>) -> Result<RamTier, String> {
+    let mut tier = RamTier::default();
+    for part in options {
+        let (key, value) = key_and_value(part)?;
+        match key {
+            "limit" => tier.limit = value.parse()?,
+            "codec" => tier.codec = value.parse()?,
+            "group" => tier.group = parse_group(value)?,
+            "idle" => tier.idle_s = Some(parse_time(value)?),
+            _ => return Err(format!("unknown option '{key}' of a ram tier: known are limit, codec, group, idle")),
+        }
+    }
+    if let Limit::Bytes(b) = tier.limit {
+        if b < MIN_LIMIT_BYTES {
+            return Err(format!("limit={b} is too small: at least 4M"));
+        }
+    }
+    Ok(tier)
+}
+
+/// Smallest disk tier: a few of the largest segments.
+const MIN_DISK_BYTES: u64 = 16 << 20;
+
+fn disk<'a>(place: Place, options: impl Iterator<Item = &'a str>) -> Result<DiskTier, String> {
+    let file = matches!(place, Place::File(_));
+    let mut tier = DiskTier { place, size: None, encrypt: true, prealloc: true };
+    for part in options {
+        let (key, value) = key_and_value(part)?;
+        match key {
+            "size" => tier.size = Some(parse_size(value)?),
+            "encrypt" => tier.encrypt = on_or_off(key, value)?,
+            "prealloc" if file => tier.prealloc = on_or_off(key, value)?,
+            _ if file => {
+                return Err(format!("unknown option '{key}' of a file tier: known are size, encrypt, prealloc"))
+            }
+            _ => return Err(format!("unknown option '{key}' of a block tier: known are size, encrypt")),
+        }
+    }
+    match tier.size {
+        None if file => Err("a file tier wants a size, as in file:/var/lib/ghostswap/cold,size=64G".into()),
+        Some(b) if b < MIN_DISK_BYTES => Err(format!("size={b} is too small: at least 16M")),
+        _ => Ok(tier),
+    }
+}
+
+fn on_or_off(key: &str, value: &str) -> Result<bool, String> {
+    match value {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err(format!("{key}={value}: on or off")),
+    }
+}
+
+/// Seconds of a time such as `90`, `90s`, `10m`, `2h`.
+fn parse_time(text: &str) -> Result<u32, String> {
+    let (digits, unit) = match text.char_indices().last() {
+        Some((at, 's')) => (&text[..at], 1),
+        Some((at, 'm')) => (&text[..at], 60),
+        Some((at, 'h')) => (&text[..at], 3600),
+        _ => (text, 1),
+    };
+    let seconds = digits.parse::<u32>().ok().and_then(|n| n.checked_mul(unit));
+    seconds.ok_or_else(|| format!("'{text}' is not a time: give a whole number with an optional s, m, h, as in 10m"))
+}
+
+fn parse_group(value: &str) -> Result<u32, String> {
+    match parse_size(value)? {
+        b @ (0x1000 | 0x2000 | 0x4000 | 0x8000 | 0x10000) => Ok(b as u32),
+        _ => Err(format!("group={value}: one of 4K, 8K, 16K, 32K, 64K")),
+    }
+}
+
+impl fmt::Display for TierConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            TierConfig::Ram(tier) => tier.fmt(f),
+            TierConfig::Disk(tier) => tier.fmt(f),
+        }
+    }
+}
+
+impl fmt::Display for RamTier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ram")?;
+        match self.limit {
+            Limit::Bytes(b) => write!(f, ",limit={b}")?,
+            Limit::Percent(p) => write!(f, ",limit={p}%")?,
+            Limit::Default => {}
+        }
+        write!(f, ",codec={},group={}", self.codec, self.group)?;
+        self.idle_s.map_or(Ok(()), |s| write!(f, ",idle={s}s"))
+    }
+}
+
+impl fmt::Display for DiskTier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.place {
+            Place::File(path) => write!(f, "file:{}", path.display())?,
+            Place::Block(path) => write!(f, "block:{}", path.display())?,
+        }
+        self.size.map_or(Ok(()), |b| write!(f, ",size={b}"))?;
+        let off = |f: &mut fmt::Formatter<'_>, on: bool, key| if on { Ok(()) } else { write!(f, ",{key}=off") };
+        off(f, self.encrypt, "encrypt")?;
+        off(f, self.prealloc, "prealloc")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_said_is_understood_and_said_again() {
+        let parsed = |s: &str| s.parse::<TierConfig>().unwrap();
+        let TierConfig::Ram(t) = parsed("ram,limit=25%,codec=zstd:3,group=64K") else { panic!("not ram") };
+        assert_eq!((t.limit, t.codec, t.group), (Limit::Percent(25), CodecChoice::Zstd(3), 65536));
+        let TierConfig::Ram(t) = parsed("ram,codec=zstd:3,idle=10m") else { panic!("not ram") };
+        assert_eq!((t.limit, t.idle_s), (Limit::Default, Some(600)));
+        let TierConfig::Disk(t) = parsed("file:/a/b,size=64G") else { panic!("not a disk") };
+        assert_eq!((t.place, t.size, t.encrypt), (Place::File("/a/b".into()), Some(64 << 30), true));
+        for s in [
+            "ram,limit=25%,codec=zstd:3,group=64K",
+            "ram,idle=10m",
+            "file:/a/b,size=1G,encrypt=off,prealloc=off",
+            "block:/dev/x",
+        ] {
+            let t = parsed(s);
+            assert_eq!(parsed(&t.to_string()), t);
+        }
+        for bad in [
+            "",
+            "disk",
+            "ram,limit=0%",
+            "ram,limit=1K",
+            "ram,codec=gzip",
+            "ram,codec=zstd:99",
+            "ram,x=1",
+            "ram,limit",
+            "ram,idle=ever",
+            "ram:/x",
+            "file",
+            "file:",
+            "file:/x",
+            "file:/x,size=1M",
+            "block:,size=1G",
+            "block:/x,prealloc=on",
+            "file:/x,size=1G,encrypt=maybe",
+        ] {
+            let e = bad.parse::<TierConfig>().unwrap_err();
+            assert!(!e.contains('\n'), "{e}");
+        }
+    }
+}

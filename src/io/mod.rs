@@ -1,0 +1,13 @@
+//! What a disk tier asks of the operating system: files and block devices read and written past the page
+//! cache, in whole blocks. Knows nothing of segments.
+
+mod backing;
+mod buffer;
+mod ring;
+
+pub(crate) use backing::{Backing, TierKey};
+pub use buffer::Buffer;
+pub(crate) use ring::{Ring, Transfer};
+
+/// Unit of reading and writing, and its alignment on disk and in memory.
+pub const BLOCK_BYTES: usize = 4096;

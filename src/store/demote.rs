@@ -1,0 +1,320 @@
+//! The mover: writes the oldest segments down to the disk tier when memory runs short, as they are:
+//! compressed and packed, several large writes at once.
+//!
+//! Story of one segment: chosen (what does not compress first, then the oldest; one that was read since
+//! it was last chosen is passed over once); claimed as for cleaning, so that nobody else touches it; sealed
+//! into a buffer (`tier/seal.rs`) and written to a free extent; one store of its table entry says that it
+//! lives there now; its frame is free after a grace period. No slot changes: slots name segments, not
+//! places. Killed before that store the segment is in memory and the extent free, after it the reverse.
+//!
+//! A write that fails leaves the segment where it is. The tier then rests, longer each time, and is tried
+//! again; meanwhile the cleaner makes room as if there were no tier.
+//!
+//! Extents that are mostly dead are read back when free ones run short, and what is live of them written
+//! anew, to memory first. The thread may wait for the disk as long as it likes: nothing waits for it but
+//! writes that find no room. It asks for no memory: table entries growth makes ready.
+
+use super::append::{Appender, KEEP_FOR_CLEANER};
+use super::survivors::Copier;
+use super::{grow, Shared};
+use crate::error::Result;
+use crate::io::{Buffer, Ring, Transfer, BLOCK_BYTES};
+use crate::log::policy::{demotion, Pressure};
+use crate::log::segment::record_of;
+use crate::page::{ExtentNo, FrameNo, SegmentId};
+use crate::stats::DiskStats;
+use crate::sync::yield_now;
+use crate::tier::{Lower, PAYLOAD};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Segments written at once.
+const WRITES: usize = 4;
+const NAP: Duration = Duration::from_millis(50);
+/// How long a tier that failed rests at first, and at most.
+const REST: Duration = Duration::from_secs(1);
+const LONGEST_REST: Duration = Duration::from_secs(30);
+
+/// What the mover needs that takes memory, made before it is needed.
+pub(super) struct Tools {
+    ring: Ring,
+    buffers: Vec<Buffer>,
+}
+
+impl Tools {
+    pub fn new(segment_bytes: usize) -> Result<Tools> {
+        let bytes = segment_bytes.div_ceil(PAYLOAD) * BLOCK_BYTES;
+        let buffers = (0..WRITES).map(|_| Buffer::new(bytes)).collect();
+        Ok(Tools { ring: Ring::new(WRITES as u32)?, buffers })
+    }
+}
+
+pub(super) struct Mover {
+    shared: Arc<Shared>,
+    tools: Tools,
+    copier: Copier,
+    /// The likeliest victims: raw, age, segment.
+    likely: Vec<(bool, u64, SegmentId)>,
+    on_the_way: Vec<OnTheWay>,
+    transfers: Vec<Transfer>,
+    moving: bool,
+    rest: Duration,
+    resting_until: Option<Instant>,
+    /// When to look for extents to compact again, after one that could not be.
+    compact_after: Option<Instant>,
+}
+
+/// A claimed segment and where it goes.
+#[derive(Clone, Copy)]
+struct OnTheWay {
+    segment: SegmentId,
+    frame: FrameNo,
+    extent: ExtentNo,
+}
+
+impl Mover {
+    pub fn new(shared: Arc<Shared>, tools: Tools) -> Mover {
+        let appender = Appender::new(&shared, KEEP_FOR_CLEANER);
+        let copier = Copier::new(&shared, appender, shared.mover_epoch());
+        Mover {
+            tools,
+            copier,
+            likely: Vec::with_capacity(WRITES * 4 + 1),
+            on_the_way: Vec::with_capacity(WRITES),
+            transfers: Vec::with_capacity(WRITES),
+            moving: false,
+            rest: REST,
+            resting_until: None,
+            compact_after: None,
+            shared,
+        }
+    }
+
+    pub fn run(&mut self) {
+        while !self.shared.stop.load(Ordering::Acquire) {
+            if !self.step() {
+                std::thread::park_timeout(NAP);
+            }
+        }
+        self.close();
+    }
+
+    /// Seals what survivors went to.
+    pub fn close(&mut self) {
+        self.copier.appender.close(&self.shared.clone());
+    }
+
+    /// Some segments down, or one extent compacted or discarded. False: there was nothing to do.
+    pub fn step(&mut self) -> bool {
+        let shared = self.shared.clone();
+        let _busy = shared.quiet[2].lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(lower) = &shared.lower else { return false };
+        if !lower.claim() || self.resting_until.is_some_and(|until| Instant::now() < until) {
+            return false;
+        }
+        let wanted = demotion(&Pressure {
+            frames_ready: shared.arena.frames_ready(),
+            frames_growable: grow::growable_frames(&shared),
+            frames_limit: (shared.config.limit_bytes / shared.arena.segment_bytes() as u64) as u32,
+            reserve: shared.reserve.load(Ordering::Relaxed),
+            moving: self.moving,
+        });
+        self.moving = wanted > 0;
+        let compacted = self.compact(&shared, lower);
+        if wanted > 0 && lower.free() > 0 && self.move_some(&shared, lower, wanted as usize) {
+            return true;
+        }
+        compacted || lower.discard_one()
+    }
+
+    /// As a test wants it.
+    #[cfg(feature = "crash-points")]
+    pub fn move_now(&mut self) -> bool {
+        let s = self.shared.clone();
+        s.lower.as_ref().is_some_and(|lower| lower.claim() && self.move_some(&s, lower, WRITES))
+    }
+
+    /// The same.
+    #[cfg(feature = "crash-points")]
+    pub fn compact_now(&mut self) -> bool {
+        let s = self.shared.clone();
+        s.lower.as_ref().is_some_and(|lower| lower.claim() && self.compact_emptiest(&s, lower))
+    }
+
+    /// False: nothing could be moved.
+    fn move_some(&mut self, s: &Shared, lower: &Lower, wanted: usize) -> bool {
+        self.choose(s, wanted.min(WRITES));
+        self.claim(s, lower);
+        if self.on_the_way.is_empty() {
+            return false;
+        }
+        self.tools.ring.write(&lower.backing, &self.tools.buffers, &mut self.transfers);
+        let (mut failed, mut moved) = (None, 0);
+        for i in 0..self.on_the_way.len() {
+            let way = self.on_the_way[i];
+            match &self.transfers[i].result {
+                Ok(()) => {
+                    s.segments.move_below(&s.arena, way.segment, way.extent);
+                    lower.counts.bytes_written.fetch_add(self.transfers[i].bytes as u64, Ordering::Relaxed);
+                    moved += 1;
+                }
+                Err(e) => {
+                    failed.get_or_insert_with(|| e.to_string());
+                    lower.give(way.extent);
+                    lower.counts.write_errors.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+            s.segments.end_cleaning(&s.arena, way.segment);
+        }
+        lower.counts.segments_written.fetch_add(moved, Ordering::Relaxed);
+        s.epochs.wait(yield_now);
+        for (way, transfer) in self.on_the_way.drain(..).zip(self.transfers.drain(..)) {
+            if transfer.result.is_ok() {
+                s.arena.put_frame(way.frame);
+            }
+        }
+        self.judge(lower, failed);
+        moved > 0
+    }
+
+    /// Lets a tier that failed rest, and says so when it begins and when it is over.
+    fn judge(&mut self, lower: &Lower, failed: Option<String>) {
+        let was = lower.counts.failing.swap(failed.is_some(), Ordering::Relaxed);
+        match failed {
+            Some(why) => {
+                if !was {
+                    tracing::warn!("{lower}: {why}; what was to go there stays in memory, it is tried again");
+                }
+                self.resting_until = Some(Instant::now() + self.rest);
+                self.rest = (self.rest * 2).min(LONGEST_REST);
+            }
+            None => {
+                if was {
+                    tracing::warn!("{lower}: takes pages again");
+                }
+                (self.rest, self.resting_until) = (REST, None);
+            }
+        }
+    }
+
+    /// Lists the likeliest victims, the best first: those passed over for having been read come last.
+    fn choose(&mut self, s: &Shared, wanted: usize) {
+        self.likely.clear();
+        for id in (0..grow::known_segments(s)).map(SegmentId) {
+            let Some((live, _, age)) = s.segments.sealed(&s.arena, id) else { continue };
+            if live == 0 {
+                continue;
+            }
+            let one = (s.segments.is_raw(&s.arena, id), age, id);
+            let at = self.likely.partition_point(|other| (other.0, other.1) >= (one.0, one.1));
+            if at < WRITES * 4 {
+                self.likely.insert(at, one);
+                self.likely.truncate(WRITES * 4);
+            }
+        }
+        // As many as are wanted of those that were not read; the others have had their chance now.
+        let mut unread = 0;
+        for i in 0..self.likely.len() {
+            if unread == wanted {
+                break;
+            }
+            if !s.segments.was_read(&s.arena, self.likely[i].2) {
+                self.likely.swap(unread, i);
+                unread += 1;
+            }
+        }
+        self.likely.truncate(wanted);
+    }
+
+    /// Claims what was chosen, takes extents and fills buffers.
+    fn claim(&mut self, s: &Shared, lower: &Lower) {
+        self.on_the_way.clear();
+        self.transfers.clear();
+        for (_, _, id) in self.likely.drain(..) {
+            let Some(open) = s.segments.begin_cleaning(&s.arena, id) else { continue };
+            let sequence = s.segments.sealed_as(&s.arena, id).expect("what is claimed was sealed");
+            let extent = lower.take().filter(|extent| {
+                let enough = grow::enough_ids(s);
+                if !enough {
+                    lower.give(*extent);
+                }
+                enough
+            });
+            let Some(extent) = extent else {
+                s.segments.end_cleaning(&s.arena, id);
+                return;
+            };
+            let buffer = self.on_the_way.len();
+            let plain = s.arena.record_bytes(open.frame, 0, open.used);
+            let bytes = lower.seal.close(plain, sequence, &mut self.tools.buffers[buffer]);
+            self.transfers.push(Transfer { buffer, bytes, at: lower.at(extent), result: Ok(()) });
+            self.on_the_way.push(OnTheWay { segment: id, frame: open.frame, extent });
+        }
+    }
+
+    /// Reads the emptiest extent back if free ones are short, and copies what is live of it.
+    fn compact(&mut self, s: &Shared, lower: &Lower) -> bool {
+        if lower.free() >= lower.extents() / 8 || self.compact_after.is_some_and(|after| Instant::now() < after) {
+            return false;
+        }
+        self.compact_emptiest(s, lower)
+    }
+
+    fn compact_emptiest(&mut self, s: &Shared, lower: &Lower) -> bool {
+        let emptiest = (0..grow::known_segments(s)).map(SegmentId).filter_map(|id| {
+            let (live, used, _) = s.segments.sealed_below(&s.arena, id)?;
+            (live > 0 && live < used - used / 8).then_some((live, id))
+        });
+        let Some((_, id)) = emptiest.min_by_key(|(live, _)| *live) else { return false };
+        let Some(below) = s.segments.begin_cleaning_below(&s.arena, id) else { return false };
+        let blocks = &mut self.tools.buffers[0][..below.used.div_ceil(PAYLOAD) * BLOCK_BYTES];
+        let read = lower.backing.read(blocks, lower.at(below.extent));
+        let plain = read.is_ok().then(|| lower.seal.open(blocks, 0, below.sequence)).flatten();
+        let copied = plain.map(|plain| {
+            let age_s = s.segments.past(&s.arena, id).0;
+            let record = |at: usize| plain.get(at..below.used).and_then(|rest| record_of(|n| rest.get(..n)));
+            self.copier.copy(s, id, below.used, age_s, record)
+        });
+        s.segments.end_cleaning(&s.arena, id);
+        let pause = match copied {
+            Some(true) => {
+                lower.counts.compacted.fetch_add(1, Ordering::Relaxed);
+                s.wake_cleaner();
+                return true;
+            }
+            // No room in memory at this moment.
+            Some(false) => NAP,
+            // It cannot be read, or is damaged: its pages are found so when they are asked for.
+            None => LONGEST_REST,
+        };
+        self.compact_after = Some(Instant::now() + pause);
+        false
+    }
+}
+
+/// What lies on the disk tier, and what became of reading and writing it.
+pub(super) fn stats(s: &Shared, lower: &Lower) -> DiskStats {
+    let count = |c: &std::sync::atomic::AtomicU64| c.load(Ordering::Relaxed);
+    let live = |id| s.segments.sealed_below(&s.arena, id).map_or(0, |(live, _, _)| u64::from(live));
+    let c = &lower.counts;
+    DiskStats {
+        path: lower.to_string(),
+        capacity_bytes: u64::from(lower.extents()) * lower.extent_bytes(),
+        used_bytes: u64::from(lower.taken()) * lower.extent_bytes(),
+        live_bytes: (0..grow::known_segments(s)).map(SegmentId).map(live).sum(),
+        written_bytes: count(&c.bytes_written),
+        written_segments: count(&c.segments_written),
+        fetches: count(&c.fetches),
+        fetched_bytes: count(&c.bytes_fetched),
+        compacted_segments: count(&c.compacted),
+        write_errors: count(&c.write_errors),
+        read_errors: count(&c.read_errors),
+        corrupt: count(&c.corrupt),
+        last_corrupt: (count(&c.corrupt) > 0).then(|| {
+            let page = count(&c.last_corrupt);
+            (page >> 32, page & 0xffff_ffff)
+        }),
+        failing: c.failing.load(Ordering::Relaxed),
+    }
+}

@@ -1,0 +1,267 @@
+//! Reading what lies on the disk tier. A lane never waits for a disk of its own accord: it says what must
+//! be read, [`Fetch`], whoever serves the request reads that (in its own io_uring, or with `pread`), and
+//! the lane takes the pages out of it.
+//!
+//! Nothing is pinned meanwhile. A segment that dies while it is being fetched may be gone, and its extent
+//! may hold another, by the time the blocks are there; then they do not open (`tier/seal.rs`: each is bound
+//! to the sequence number of its segment's sealing), and the lane looks the page up anew. Only if the page
+//! is still where it was are the blocks damaged. Blocks that do open are what the page was when the fetch
+//! began, which is a right answer for a read that was under way.
+//!
+//! A fetch begins at the first page's record and goes on over the records of the pages behind it in the
+//! same request, as far as they lie in the same segment and in reach: what was written together is read
+//! together.
+
+use super::{Lane, Shared};
+use crate::error::{Error, Result};
+use crate::io::BLOCK_BYTES;
+use crate::log::record::{Header, GROUP_HEADER};
+use crate::log::segment::{record_of, Below};
+use crate::map::{Kind, Slot, Stored};
+use crate::page::{PageNo, PAGE_BYTES};
+use crate::tier::{Lower, PAYLOAD};
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+/// Pauses before a failed read is tried again, when a lane reads for itself.
+const RETRIES_MS: [u64; 5] = [1, 10, 50, 200, 700];
+/// Blocks fetched at once at least, where pages wait for them.
+const REACH_BLOCKS: usize = 8;
+
+/// What is to be read for a page.
+#[derive(Clone, Copy, Debug)]
+pub struct Fetch {
+    fd: RawFd,
+    at: u64,
+    bytes: usize,
+    page: PageNo,
+    word: Slot,
+    stored: Stored,
+    below: Below,
+    first_block: usize,
+}
+
+impl Fetch {
+    /// Where to read from.
+    pub fn fd(&self) -> RawFd {
+        self.fd
+    }
+
+    /// The first byte, whole blocks of 4096.
+    pub fn at(&self) -> u64 {
+        self.at
+    }
+
+    /// How much: whole blocks, at most what [`Lane::fetch_bytes`] says.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Whether the word still stands for what was fetched. Within an epoch.
+    pub(super) fn stands(&self, s: &Shared, word: Slot) -> bool {
+        word == self.word && s.segments.below(&s.arena, self.stored.segment) == Some(self.below)
+    }
+
+    /// Blocks up to byte `end` of the segment, as far as a fetch reaches.
+    fn reach(&mut self, end: usize, most: usize) -> bool {
+        let bytes = (end.div_ceil(PAYLOAD) - self.first_block) * BLOCK_BYTES;
+        if bytes > most {
+            return false;
+        }
+        self.bytes = self.bytes.max(bytes);
+        true
+    }
+}
+
+/// What came of a fetch.
+#[derive(Debug)]
+pub enum Taken {
+    /// So many bytes of the request are there. None: look again, the page is elsewhere by now.
+    Bytes(usize),
+    /// This must be read, it was too little.
+    More(Fetch),
+}
+
+/// Bytes of the largest fetch, where records hold so many pages at most.
+pub(super) fn most_bytes(group_pages: usize) -> usize {
+    let record = group_pages * PAGE_BYTES + GROUP_HEADER;
+    (record.div_ceil(PAYLOAD) + 1).max(REACH_BLOCKS) * BLOCK_BYTES
+}
+
+/// The part of a request that lies within its next page: the page, its first byte, how many.
+pub(super) fn piece(at: u64, len: usize) -> (PageNo, usize, usize) {
+    let inner = (at % PAGE_BYTES as u64) as usize;
+    (PageNo((at / PAGE_BYTES as u64) as u32), inner, len.min(PAGE_BYTES - inner))
+}
+
+impl Lane {
+    /// Room that a fetch may need, aligned to 4096. 0: there is no disk tier.
+    pub fn fetch_bytes(&self) -> usize {
+        let s = self.store.shared();
+        s.lower.as_ref().map_or(0, |_| most_bytes(s.config.group_pages_seen))
+    }
+
+    /// Takes pages out of what was fetched: the first bytes of the rest of a request, `offset` being what
+    /// the fetch was for.
+    pub fn take_fetched(&mut self, fetch: &Fetch, blocks: &mut [u8], offset: u64, buf: &mut [u8]) -> Result<Taken> {
+        let s = self.store.shared().clone();
+        let lower = s.lower.as_ref().expect("what was fetched came from a disk tier");
+        lower.counts.fetches.fetch_add(1, Ordering::Relaxed);
+        lower.counts.bytes_fetched.fetch_add(fetch.bytes as u64, Ordering::Relaxed);
+        let blocks = &mut blocks[..fetch.bytes];
+        let Some(plain) = lower.seal.open(blocks, fetch.first_block as u32, fetch.below.sequence) else {
+            return self.unopened(lower, fetch);
+        };
+        let mut done = 0;
+        while done < buf.len() {
+            let (page, inner, n) = piece(offset + done as u64, buf.len() - done);
+            let word = if done == 0 { Some(fetch.word) } else { self.still_there(fetch, page) };
+            let Some(Kind::Stored(at)) = word.map(Slot::kind) else { break };
+            let begin = (at.offset as usize).checked_sub(fetch.first_block * PAYLOAD);
+            let rest = begin.and_then(|begin| plain.get(begin..)).unwrap_or_default();
+            match record_of(|n| rest.get(..n)) {
+                Some((header, record)) => {
+                    let out = &mut buf[done..done + n];
+                    self.decode_fetched(fetch, page, at, (header, record), (inner, out))?;
+                    done += n;
+                }
+                None if done == 0 => return self.longer(fetch, rest).map(Taken::More),
+                None => break,
+            }
+        }
+        self.count_reads(done);
+        Ok(Taken::Bytes(done))
+    }
+
+    /// The word of another page, if it lies in the segment that was fetched from.
+    fn still_there(&mut self, fetch: &Fetch, page: PageNo) -> Option<Slot> {
+        self.in_epoch(|lane, s| {
+            let word = crate::map::load(&s.map, &s.arena, lane.volume, page);
+            let same = matches!(word.kind(), Kind::Stored(at) if at.segment == fetch.stored.segment);
+            (same && s.segments.below(&s.arena, fetch.stored.segment) == Some(fetch.below)).then_some(word)
+        })
+    }
+
+    fn unopened(&mut self, lower: &Lower, fetch: &Fetch) -> Result<Taken> {
+        if self.still_there(fetch, fetch.page) != Some(fetch.word) {
+            return Ok(Taken::Bytes(0));
+        }
+        let page = u64::from(self.volume.0) << 32 | u64::from(fetch.page.0);
+        lower.counts.last_corrupt.store(page, Ordering::Relaxed);
+        lower.counts.corrupt.fetch_add(1, Ordering::Relaxed);
+        let Stored { segment, offset, .. } = fetch.stored;
+        Err(Error::Corrupt { page: fetch.page.0, segment: segment.0, offset })
+    }
+
+    fn decode_fetched(
+        &mut self,
+        fetch: &Fetch,
+        page: PageNo,
+        at: Stored,
+        (header, record): (Header, &[u8]),
+        (inner, out): (usize, &mut [u8]),
+    ) -> Result<()> {
+        let sealed = Some(fetch.below.sequence);
+        if out.len() == PAGE_BYTES {
+            return self.decode_record(page, at, header, record, sealed, out);
+        }
+        let mut whole = [0u8; PAGE_BYTES];
+        self.decode_record(page, at, header, record, sealed, &mut whole)?;
+        out.copy_from_slice(&whole[inner..inner + out.len()]);
+        Ok(())
+    }
+
+    /// The fetch for a record of which the first one had the header, and not all.
+    fn longer(&self, fetch: &Fetch, rest: &[u8]) -> Result<Fetch> {
+        let at = fetch.stored;
+        let corrupt = || Error::Corrupt { page: fetch.page.0, segment: at.segment.0, offset: at.offset };
+        let header = Header::read(rest).ok_or_else(corrupt)?;
+        let mut more = *fetch;
+        let reached = more.reach(at.offset as usize + header.total(), self.fetch_bytes());
+        if reached && more.bytes > fetch.bytes {
+            Ok(more)
+        } else {
+            Err(corrupt())
+        }
+    }
+
+    /// What to read for a page that is below. Within an epoch.
+    pub(super) fn plan(&self, s: &Shared, page: PageNo, word: Slot, at: Stored) -> Result<Fetch> {
+        let corrupt = || Error::Corrupt { page: page.0, segment: at.segment.0, offset: at.offset };
+        let lower = s.lower.as_ref().ok_or_else(corrupt)?;
+        let below = s.segments.below(&s.arena, at.segment).ok_or_else(corrupt)?;
+        // A group's share does not tell how many share; a page alone costs what its record takes.
+        let group_pages = if below.cold { s.config.group_pages_seen } else { s.config.group_pages };
+        let likely = if group_pages > 1 { (at.share as usize + 1) * group_pages } else { at.share as usize };
+        let first_block = at.offset as usize / PAYLOAD;
+        let mut fetch = Fetch {
+            fd: lower.backing.fd().as_raw_fd(),
+            at: lower.at(below.extent) + (first_block * BLOCK_BYTES) as u64,
+            bytes: 0,
+            page,
+            word,
+            stored: at,
+            below,
+            first_block,
+        };
+        let most = most_bytes(s.config.group_pages_seen);
+        let end = at.offset as usize + likely.max(GROUP_HEADER);
+        fetch.reach(end.min(below.used).min((first_block + most / BLOCK_BYTES) * PAYLOAD), most);
+        Ok(fetch)
+    }
+
+    /// Has the fetch go on over the pages behind its first one. Within an epoch.
+    pub(super) fn widen(&self, s: &Shared, fetch: &mut Fetch, pages: u32) {
+        for i in 1..pages {
+            let Some(page) = fetch.page.0.checked_add(i) else { return };
+            let Kind::Stored(at) = crate::map::load(&s.map, &s.arena, self.volume, PageNo(page)).kind() else { return };
+            let behind = at.segment == fetch.stored.segment && at.offset >= fetch.stored.offset;
+            let end = (at.offset + at.share).min(fetch.below.used as u32) as usize;
+            if !behind || !fetch.reach(end, most_bytes(s.config.group_pages_seen)) {
+                return;
+            }
+        }
+    }
+
+    /// Reads what a fetch asks for and takes it, waiting for the disk.
+    pub(super) fn fetch_now(&mut self, mut fetch: Fetch, offset: u64, buf: &mut [u8]) -> Result<usize> {
+        let s = self.store.shared().clone();
+        let lower = s.lower.as_ref().expect("what is to be fetched is on a disk tier");
+        let mut blocks = self.blocks.take().expect("a lane of a store with a disk tier has room for a fetch");
+        let taken = loop {
+            if let Err(source) = read(lower, &fetch, &mut blocks) {
+                break Err(Error::Unreadable { page: fetch.page.0, segment: fetch.stored.segment.0, source });
+            }
+            match self.take_fetched(&fetch, &mut blocks, offset, buf) {
+                Ok(Taken::More(more)) => fetch = more,
+                Ok(Taken::Bytes(n)) => break Ok(n),
+                Err(e) => break Err(e),
+            }
+        };
+        self.blocks = Some(blocks);
+        taken
+    }
+
+    /// Counts a read that the disk refused. The error for a page that is given up on.
+    pub fn fetch_failed(&self, fetch: &Fetch, source: std::io::Error) -> Error {
+        if let Some(lower) = &self.store.shared().lower {
+            lower.counts.read_errors.fetch_add(1, Ordering::Relaxed);
+        }
+        Error::Unreadable { page: fetch.page.0, segment: fetch.stored.segment.0, source }
+    }
+}
+
+fn read(lower: &Lower, fetch: &Fetch, blocks: &mut [u8]) -> std::io::Result<()> {
+    let mut pauses = RETRIES_MS.iter();
+    loop {
+        match lower.backing.read(&mut blocks[..fetch.bytes], fetch.at) {
+            Ok(()) => return Ok(()),
+            Err(e) => {
+                lower.counts.read_errors.fetch_add(1, Ordering::Relaxed);
+                let Some(pause) = pauses.next() else { return Err(e) };
+                std::thread::sleep(Duration::from_millis(*pause));
+            }
+        }
+    }
+}

@@ -1,0 +1,193 @@
+//! A disk tier below a little memory: what goes down comes back, also by another store, and what is
+//! damaged there is found.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use ghostswap::{create_arena, Error, Lane, Store, StoreConfig};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+const PAGE: usize = 4096;
+const PAGES: u64 = 12_000;
+
+/// A directory that goes with the test.
+struct Dir(PathBuf);
+
+impl Dir {
+    fn new(name: &str) -> Dir {
+        let dir = std::env::temp_dir().join(format!("ghostswap-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        Dir(dir)
+    }
+
+    fn tier(&self) -> PathBuf {
+        self.0.join("cold")
+    }
+}
+
+impl Drop for Dir {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+fn config(path: &Path, ram: &str, options: &str) -> StoreConfig {
+    let disk = format!("file:{},size=64M,prealloc=off{options}", path.display());
+    StoreConfig { tiers: vec![ram.parse().unwrap(), disk.parse().unwrap()], ..StoreConfig::default() }
+}
+
+/// About half of it compresses; every fifth page does not.
+fn content(page: u64, salt: u64) -> Vec<u8> {
+    let mut x = page.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ salt | 1;
+    let noisy = if page % 5 == 0 { PAGE } else { PAGE / 2 };
+    let mut out = vec![page as u8; PAGE];
+    out[..noisy].chunks_exact_mut(8).for_each(|c| {
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        c.copy_from_slice(&x.to_le_bytes());
+    });
+    out
+}
+
+fn write(lane: &mut Lane, pages: impl Iterator<Item = u64>, salt: u64) {
+    for page in pages {
+        lane.write(page * PAGE as u64, &content(page, salt)).unwrap();
+    }
+}
+
+fn check(lane: &mut Lane, pages: impl Iterator<Item = u64>, salt: u64) {
+    let mut buf = vec![0; PAGE];
+    for page in pages {
+        lane.read(page * PAGE as u64, &mut buf).unwrap();
+        assert!(buf == content(page, salt), "page {page}");
+    }
+}
+
+fn wait_for(what: &str, mut so: impl FnMut() -> bool) {
+    let begun = Instant::now();
+    while !so() {
+        assert!(begun.elapsed() < Duration::from_secs(20), "{what} does not happen");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn more_than_memory_holds_comes_back() {
+    for (ram, options) in [("ram,limit=8M", ""), ("ram,limit=8M,codec=zstd,group=16K", ",encrypt=off")] {
+        let dir = Dir::new("down");
+        let store = Store::open(config(&dir.tier(), ram, options)).unwrap();
+        let mut lane = store.create_volume(1 << 40).unwrap().lane().unwrap();
+        write(&mut lane, 0..PAGES, 1);
+        let stats = store.stats();
+        let disk = stats.disk.clone().unwrap();
+        assert!(stats.held_bytes <= 8 << 20 && disk.live_bytes > 12 << 20, "{stats}");
+        check(&mut lane, 0..PAGES, 1);
+        check(&mut lane, (0..PAGES).step_by(7), 1);
+        // Several pages to a request, and parts of pages.
+        let mut buf = vec![0; 23 * PAGE + 512];
+        for first in (0..PAGES - 40).step_by(997) {
+            lane.read(first * PAGE as u64 + 1024, &mut buf).unwrap();
+            let whole: Vec<u8> = (first..first + 25).flat_map(|p| content(p, 1)).collect();
+            assert!(buf == whole[1024..1024 + buf.len()], "from page {first}");
+        }
+        lane.write(5 * PAGE as u64 + 512, &[7; 1024]).unwrap();
+        let mut want = content(5, 1);
+        want[512..1536].fill(7);
+        let mut got = vec![0; PAGE];
+        lane.read(5 * PAGE as u64, &mut got).unwrap();
+        assert!(got == want, "a part of a page that was on disk is written");
+        // All anew, and all of it dies: everything is given back.
+        write(&mut lane, 0..PAGES, 2);
+        check(&mut lane, 0..PAGES, 2);
+        lane.discard(0, 1 << 40).unwrap();
+        drop(lane);
+        wait_for("giving the disk back", || store.stats().disk.unwrap().used_bytes == 0);
+        store.audit().unwrap();
+    }
+}
+
+#[test]
+fn half_dead_extents_make_room_for_others() {
+    let dir = Dir::new("compact");
+    let store = Store::open(config(&dir.tier(), "ram,limit=8M", "")).unwrap();
+    let mut lane = store.create_volume(1 << 30).unwrap().lane().unwrap();
+    // Some 45 MB, of which every other page dies; then as much again, which only fits in their place.
+    write(&mut lane, 0..18_000, 1);
+    (0..18_000).step_by(2).for_each(|p| lane.discard(p * PAGE as u64, PAGE as u64).unwrap());
+    write(&mut lane, 30_000..39_000, 2);
+    (30_000..39_000).step_by(2).for_each(|p| lane.discard(p * PAGE as u64, PAGE as u64).unwrap());
+    write(&mut lane, 40_000..49_000, 3);
+    check(&mut lane, (1..18_000).step_by(2), 1);
+    check(&mut lane, (30_001..39_000).step_by(2), 2);
+    check(&mut lane, 40_000..49_000, 3);
+    let disk = store.stats().disk.unwrap();
+    assert!(disk.compacted_segments > 0, "{disk:?}");
+    drop(lane);
+    store.audit().unwrap();
+}
+
+#[test]
+fn another_store_finds_what_went_down() {
+    let dir = Dir::new("again");
+    let arena = create_arena(false).unwrap();
+    let config = config(&dir.tier(), "ram,limit=8M", "");
+    let store = Store::open_arena(config.clone(), arena.try_clone().unwrap()).unwrap();
+    let mut lane = store.create_volume(1 << 30).unwrap().lane().unwrap();
+    write(&mut lane, 0..PAGES, 1);
+    drop((lane, store));
+    // An arena whose pages went to disk is not opened without it, nor with another's.
+    let bare = StoreConfig { tiers: vec!["ram,limit=8M".parse().unwrap()], ..StoreConfig::default() };
+    let why = Store::open_arena(bare, arena.try_clone().unwrap()).err().unwrap().to_string();
+    assert!(why.contains("disk tier"), "{why}");
+    let other = Dir::new("other");
+    drop(Store::open(self::config(&other.tier(), "ram,limit=8M", "")).unwrap());
+    let wrong = self::config(&other.tier(), "ram,limit=8M", "");
+    let why = Store::open_arena(wrong, arena.try_clone().unwrap()).err().unwrap().to_string();
+    assert!(why.contains("not the one"), "{why}");
+    let store = Store::open_arena(config.clone(), arena.try_clone().unwrap()).unwrap();
+    let mut lane = store.open_volume(0).unwrap().lane().unwrap();
+    check(&mut lane, 0..PAGES, 1);
+    write(&mut lane, 0..PAGES / 2, 2);
+    check(&mut lane, 0..PAGES / 2, 2);
+    check(&mut lane, PAGES / 2..PAGES, 1);
+    let why = Store::open(config).err().unwrap().to_string();
+    assert!(why.contains("another store has it"), "{why}");
+    drop(lane);
+    store.audit().unwrap();
+}
+
+#[test]
+fn damage_is_found_and_is_one_pages_own() {
+    for options in ["", ",encrypt=off"] {
+        let dir = Dir::new("damage");
+        let store = Store::open(config(&dir.tier(), "ram,limit=8M", options)).unwrap();
+        let mut lane = store.create_volume(1 << 30).unwrap().lane().unwrap();
+        write(&mut lane, 0..PAGES, 1);
+        let file = std::fs::OpenOptions::new().read(true).write(true).open(dir.tier()).unwrap();
+        // Nothing that can be recognised, if it is encrypted: half of a page is its number's low byte.
+        let mut all = vec![0; 64 << 20];
+        let n = file.read_at(&mut all, 0).unwrap();
+        let readable = all[4096..n].windows(64).any(|w| w[0] != 0 && w.iter().all(|b| *b == w[0]));
+        assert!(!readable, "lz4 leaves no run of one byte, AES nothing at all");
+        let mut byte = [0];
+        for at in (8192 + 100..20 << 20).step_by(1 << 20) {
+            file.read_exact_at(&mut byte, at).unwrap();
+            file.write_all_at(&[byte[0] ^ 1], at).unwrap();
+        }
+        let (mut damaged, mut buf) = (0, vec![0; PAGE]);
+        for page in 0..PAGES {
+            match lane.read(page * PAGE as u64, &mut buf) {
+                Ok(()) => assert!(buf == content(page, 1), "page {page}"),
+                Err(Error::Corrupt { page: named, .. }) if u64::from(named) == page => damaged += 1,
+                Err(e) => panic!("page {page}: {e}"),
+            }
+        }
+        assert!((10..200).contains(&damaged), "{damaged} pages damaged");
+        assert_eq!(store.stats().disk.unwrap().corrupt, damaged);
+        // A page that is written anew is well again.
+        write(&mut lane, 0..PAGES, 2);
+        check(&mut lane, 0..PAGES, 2);
+    }
+}

@@ -1,0 +1,175 @@
+//! Reads of what lies on disk: through the queue's own ring, while it serves others. A few are under way
+//! at a time, each with a buffer of its own; reads beyond them wait their turn. A read that the disk
+//! refuses is tried again with the next beats, and fails with EIO when it was refused often enough.
+
+#![allow(unsafe_code)] // pwrite to a borrowed descriptor; pushing a read on the ring.
+
+use super::{errno, Server, SLICE_BYTES, TIMER};
+use ghostswap::{Buffer, Error, Fetch, Taken};
+use io_uring::{opcode, types};
+use libublk::io::{UblkIOCtx, UblkQueue};
+use libublk::with_task_io_ring_mut;
+
+/// Marks a fetch; its place in the low bits.
+pub const FETCH: u64 = TIMER | 1 << 32;
+/// Fetches under way at a time.
+pub const FETCHES: usize = 16;
+/// How often a refused read is tried, half a second apart.
+const TRIES: u32 = 5;
+
+/// A read under way.
+#[derive(Clone, Copy)]
+pub struct Read {
+    tag: u16,
+    offset: u64,
+    len: usize,
+    done: usize,
+    refused: u32,
+}
+
+impl Read {
+    pub fn new(tag: u16, offset: u64, len: usize) -> Read {
+        Read { tag, offset, len, done: 0, refused: 0 }
+    }
+}
+
+struct Place {
+    blocks: Buffer,
+    /// None: free.
+    job: Option<(Read, Fetch)>,
+}
+
+/// All that fetching needs, made before the queue serves.
+pub struct Fetches {
+    places: Vec<Place>,
+    /// Reads that wait for a place, and those that wait for the next beat. As many as there are tags.
+    waiting: std::collections::VecDeque<Read>,
+    refused: Vec<Read>,
+}
+
+impl Fetches {
+    /// `bytes`: of a fetch; 0: there will be none.
+    pub fn new(depth: u16, bytes: usize) -> Fetches {
+        let depth = if bytes > 0 { usize::from(depth) } else { 0 };
+        let mut fetches = Fetches {
+            places: Vec::with_capacity(FETCHES),
+            waiting: std::collections::VecDeque::with_capacity(depth),
+            refused: Vec::with_capacity(depth),
+        };
+        fetches.fit(bytes);
+        fetches
+    }
+
+    /// Makes the places large enough.
+    pub fn fit(&mut self, bytes: usize) {
+        if bytes > 0 && self.places.first().is_none_or(|place| place.blocks.len() < bytes) {
+            self.places.clear();
+            self.places.extend((0..FETCHES).map(|_| Place { blocks: Buffer::new(bytes), job: None }));
+        }
+    }
+}
+
+impl Drop for Fetches {
+    fn drop(&mut self) {
+        // A queue that ends early leaves reads to the kernel, and they write to these buffers yet.
+        if self.places.iter().any(|place| place.job.is_some()) {
+            std::mem::forget(std::mem::take(&mut self.places));
+        }
+    }
+}
+
+impl Server<'_> {
+    /// Serves a read as far as memory goes, and fetches what it needs of the disk.
+    pub(super) fn go_on(&mut self, queue: &UblkQueue<'_>, mut read: Read) {
+        while read.done < read.len {
+            let slice = &mut self.buf[..SLICE_BYTES.min(read.len - read.done)];
+            let (n, fetch) = match self.lane.read_or_fetch(read.offset + read.done as u64, slice) {
+                Ok(found) => found,
+                Err(e) => return self.answer(queue, read.tag, errno(&e)),
+            };
+            if !self.hand_over(queue, &mut read, n) {
+                return self.answer(queue, read.tag, -libc::EIO);
+            }
+            if let Some(fetch) = fetch {
+                return self.fetch(read, fetch);
+            }
+        }
+        self.answer(queue, read.tag, read.len as i32);
+    }
+
+    /// Gives the kernel the buffer's first bytes, which are the read's next.
+    fn hand_over(&self, queue: &UblkQueue<'_>, read: &mut Read, bytes: usize) -> bool {
+        if bytes == 0 {
+            return true;
+        }
+        let at = UblkIOCtx::ublk_user_copy_pos(queue.get_qid(), read.tag, read.done as u32);
+        let slice = &self.buf[..bytes];
+        // SAFETY: the buffer is live and as long as said; the descriptor is open while the queue is.
+        let n = unsafe { libc::pwrite(self.cdev, slice.as_ptr().cast(), slice.len(), at as libc::off_t) };
+        read.done += bytes;
+        n == bytes as isize
+    }
+
+    fn fetch(&mut self, read: Read, fetch: Fetch) {
+        match self.fetches.places.iter().position(|place| place.job.is_none()) {
+            Some(free) if self.start(free, &fetch) => self.fetches.places[free].job = Some((read, fetch)),
+            _ => self.fetches.waiting.push_back(read),
+        }
+    }
+
+    /// False: the ring is full, which is not for long.
+    fn start(&mut self, place: usize, fetch: &Fetch) -> bool {
+        let blocks = &mut self.fetches.places[place].blocks[..fetch.bytes()];
+        let entry = opcode::Read::new(types::Fd(fetch.fd()), blocks.as_mut_ptr(), fetch.bytes() as u32)
+            .offset(fetch.at())
+            .build()
+            .user_data(FETCH | place as u64);
+        // SAFETY: the buffer stays until the read has ended: see `Drop`.
+        with_task_io_ring_mut(|ring| unsafe { ring.submission().push(&entry) }.is_ok())
+    }
+
+    /// A fetch has ended, well or not.
+    pub(super) fn fetched(&mut self, queue: &UblkQueue<'_>, place: usize, result: i32) {
+        let at = &mut self.fetches.places[place];
+        let Some((mut read, fetch)) = at.job.take() else { return };
+        if result != fetch.bytes() as i32 {
+            self.refuse(queue, read, &fetch, result);
+            return self.next_waiting(queue);
+        }
+        let slice = &mut self.buf[..SLICE_BYTES.min(read.len - read.done)];
+        match self.lane.take_fetched(&fetch, &mut at.blocks, read.offset + read.done as u64, slice) {
+            Ok(Taken::Bytes(n)) if self.hand_over(queue, &mut read, n) => self.go_on(queue, read),
+            Ok(Taken::Bytes(_)) => self.answer(queue, read.tag, -libc::EIO),
+            Ok(Taken::More(more)) => self.fetch(read, more),
+            Err(e) => self.answer(queue, read.tag, errno(&e)),
+        }
+        self.next_waiting(queue);
+    }
+
+    fn next_waiting(&mut self, queue: &UblkQueue<'_>) {
+        if let Some(read) = self.fetches.waiting.pop_front() {
+            self.go_on(queue, read);
+        }
+    }
+
+    fn refuse(&mut self, queue: &UblkQueue<'_>, mut read: Read, fetch: &Fetch, result: i32) {
+        let source = std::io::Error::from_raw_os_error(if result < 0 { -result } else { libc::EIO });
+        let error: Error = self.lane.fetch_failed(fetch, source);
+        read.refused += 1;
+        if read.refused < TRIES {
+            self.fetches.refused.push(read);
+        } else {
+            self.answer(queue, read.tag, errno(&error));
+        }
+    }
+
+    /// Tries again what was refused, and what found the ring full with nothing under way to wake it.
+    pub(super) fn fetch_again(&mut self, queue: &UblkQueue<'_>) {
+        for _ in 0..self.fetches.refused.len() {
+            if let Some(read) = self.fetches.refused.pop() {
+                self.go_on(queue, read);
+            }
+        }
+        self.next_waiting(queue);
+    }
+}
