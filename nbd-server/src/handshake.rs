@@ -49,7 +49,7 @@ pub fn negotiate<'a>(wire: &mut Wire, offer: &'a Offer) -> Result<Option<Box<Cho
     for _ in 0..MAX_OPTIONS {
         match talk.answer_option()? {
             Answer::Next => {}
-            Answer::Abort => return wire.close().map(|()| None),
+            Answer::Abort => return Ok(None),
             Answer::Go(chosen) => {
                 wire.send()?;
                 return Ok(Some(chosen));

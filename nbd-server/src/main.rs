@@ -14,7 +14,7 @@ use ghostswap_nbd::server::{Limits, Server};
 use ghostswap_nbd::tls::{Tls, TlsFiles};
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -120,6 +120,11 @@ fn bad_usage(why: String) -> anyhow::Error {
     ghostswap::Error::InvalidConfig(why).into()
 }
 
+fn complain(what: std::fmt::Arguments<'_>) {
+    // The exit status tells it too, should nobody read this.
+    let _ = writeln!(std::io::stderr(), "ghostswap-nbd: {what}");
+}
+
 fn main() -> ExitCode {
     let args = match Args::try_parse() {
         Ok(args) => args,
@@ -127,7 +132,7 @@ fn main() -> ExitCode {
         Err(e) => {
             let text = e.to_string();
             let line = text.lines().next().unwrap_or_default();
-            eprintln!("ghostswap-nbd: {} (see --help)", line.strip_prefix("error: ").unwrap_or(line));
+            complain(format_args!("{} (see --help)", line.strip_prefix("error: ").unwrap_or(line)));
             return ExitCode::from(2);
         }
     };
@@ -136,11 +141,14 @@ fn main() -> ExitCode {
         .with_env_filter(filter.unwrap_or_else(|_| "info".into()))
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
+        // It would tell of a log that cannot be written by a macro that panics where that cannot be
+        // written either; but whoever reads our log may go, and the pages must not go with him.
+        .log_internal_errors(false)
         .init();
     match run(&args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("ghostswap-nbd: {error:#}");
+            complain(format_args!("{error:#}"));
             match error.downcast_ref() {
                 Some(ghostswap::Error::InvalidConfig(_)) => ExitCode::from(2),
                 _ => ExitCode::FAILURE,

@@ -107,12 +107,14 @@ impl Server {
         let mut wire = Wire::new(Box::new(socket));
         let chosen = match handshake::negotiate(&mut wire, &self.0.offer) {
             Ok(Some(chosen)) => chosen,
-            Ok(None) => return,
+            // What it does with its end does not matter any more.
+            Ok(None) => return drop(wire.close()),
             Err(error) => return info!(connection = number, "handshake: {error}"),
         };
         info!(connection = number, export = chosen.export.name, client = chosen.client.first(), "client connected");
         let served = wire.set_idle_time(self.0.limits.idle_time).and_then(|()| transmission::serve(&mut wire, *chosen));
-        match served {
+        // Its lane is free by now, so that it may take its time.
+        match served.and_then(|()| wire.close()) {
             Ok(()) => info!(connection = number, "client left"),
             Err(error) => warn!(connection = number, "client lost: {error}"),
         }

@@ -77,7 +77,7 @@ pub fn serve(wire: &mut Wire, chosen: Chosen<'_>) -> io::Result<()> {
             _ => wire.put(&simple_reply(result.err().unwrap_or(0), request.cookie))?,
         }
     }
-    wire.close()
+    wire.send()
 }
 
 /// Tells what was answered so far, and nothing more.

@@ -2,6 +2,7 @@
 
 use socket2::{Socket, TcpKeepalive};
 use std::io::{Read, Result, Write};
+use std::net::Shutdown;
 use std::time::Duration;
 
 /// A peer that vanished without a word is noticed after 60 + 5 × 12 seconds without an answer from its
@@ -15,11 +16,18 @@ const UNACKNOWLEDGED_TIME: Duration = Duration::from_secs(120);
 pub trait Transport: Read + Write + Send {
     /// The longest that one read or write may wait; `None`: for ever.
     fn set_timeout(&self, time: Option<Duration>) -> Result<()>;
+
+    /// Tells the peer that nothing more comes.
+    fn finish(&self) -> Result<()>;
 }
 
 impl Transport for Socket {
     fn set_timeout(&self, time: Option<Duration>) -> Result<()> {
         self.set_read_timeout(time).and_then(|()| self.set_write_timeout(time))
+    }
+
+    fn finish(&self) -> Result<()> {
+        self.shutdown(Shutdown::Write)
     }
 }
 

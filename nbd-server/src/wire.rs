@@ -17,6 +17,8 @@ use std::time::{Duration, Instant};
 pub const SLICE_BYTES: usize = 256 << 10;
 /// Room for headers beside a slice.
 const HEADER_ROOM_BYTES: usize = 4096;
+/// For a client to close its end, once all has been said.
+const GOODBYE_TIME: Duration = Duration::from_secs(1);
 const BUFFER_BYTES: usize = SLICE_BYTES + HEADER_ROOM_BYTES;
 
 pub struct Wire {
@@ -169,10 +171,15 @@ impl Wire {
         self.link.write_all(&self.out[..len])
     }
 
-    /// Sends all that is queued and says goodbye, where the link has a word for it.
+    /// Sends all that is queued, says that nothing more comes, and gives the client a moment to close first:
+    /// over vsock it would not see an end otherwise but an error, over TCP one if it had sent more.
     pub fn close(&mut self) -> Result<()> {
+        self.set_deadline(Instant::now() + GOODBYE_TIME)?;
         self.send()?;
-        self.link.close()
+        self.link.finish()?;
+        // Neither what it still says nor how it ends matters.
+        while matches!(self.link.transport.read(&mut self.input), Ok(1..)) && self.link.before_wait().is_ok() {}
+        Ok(())
     }
 }
 
@@ -190,7 +197,7 @@ impl Link {
         let Limit::By(deadline) = self.limit else { return Ok(()) };
         let left = deadline.saturating_duration_since(Instant::now());
         if left < Duration::from_millis(1) {
-            return Err(Error::new(ErrorKind::TimedOut, "the handshake took too long"));
+            return Err(Error::new(ErrorKind::TimedOut, "time is over"));
         }
         self.transport.set_timeout(Some(left))
     }
@@ -275,11 +282,16 @@ impl Link {
         Ok(())
     }
 
-    fn close(&mut self) -> Result<()> {
+    fn finish(&mut self) -> Result<()> {
         if let Some(tls) = &mut self.tls {
             tls.send_close_notify();
         }
-        self.send_tls()
+        self.send_tls()?;
+        match self.transport.finish() {
+            // It has closed already.
+            Err(error) if error.kind() == ErrorKind::NotConnected => Ok(()),
+            finished => finished,
+        }
     }
 }
 

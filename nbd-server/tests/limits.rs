@@ -2,9 +2,12 @@
 
 mod common;
 
-use common::Server;
-use std::os::unix::net::UnixStream;
-use std::process::{Command, Stdio};
+use common::{run, Raw, Server};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 #[test]
@@ -93,4 +96,119 @@ fn usage_stale_sockets_and_other_servers() {
         std::thread::sleep(Duration::from_millis(10));
     }
     server.end();
+}
+
+#[test]
+fn idle_clients_and_those_that_do_not_take_their_replies_give_their_lane_back() {
+    let server = Server::start("idle", &["--export", "a,size=64M", "--max-lanes", "1", "--idle-time", "1"]);
+    let mut idle = server.connect();
+    idle.enter(b"a");
+    let began = Instant::now();
+    assert!(idle.is_hung_up_on());
+    assert!(began.elapsed() >= Duration::from_millis(900) && began.elapsed() < Duration::from_secs(10));
+    // More replies than the socket holds, none of them taken.
+    let mut lazy = server.enter_when_a_lane_is_free();
+    (0..64).for_each(|_| lazy.request(0, 0, 0, 8 << 20, b""));
+    std::thread::sleep(Duration::from_secs(3));
+    let mut next = server.enter_when_a_lane_is_free();
+    // Who keeps talking is not idle, however slowly.
+    for _ in 0..4 {
+        std::thread::sleep(Duration::from_millis(500));
+        next.request(0, 3, 0, 0, b"");
+        assert_eq!(next.errno(), 0);
+    }
+    drop(lazy);
+    server.end();
+}
+
+#[test]
+fn connections_beyond_the_limit_are_closed_at_once() {
+    let arguments = ["--export", "a,size=1M", "--max-connections", "3", "--handshake-time", "2"];
+    let server = Server::start("connections", &arguments);
+    std::thread::sleep(Duration::from_millis(300));
+    let mut kept: Vec<Raw> = (0..3).map(|_| server.connect()).collect();
+    kept.iter_mut().for_each(Raw::greet);
+    assert_eq!(server.connect().0.read(&mut [0]).unwrap_or(0), 0);
+    // They have come to nothing, and are gone when their time is over.
+    std::thread::sleep(Duration::from_secs(3));
+    server.connect().enter(b"a");
+    server.end();
+}
+
+/// A server that tells where it listens, in its log.
+fn start_and_read_log(command: &mut Command) -> (Child, Vec<String>) {
+    let mut child = command.env("RUST_LOG", "info").stderr(Stdio::piped()).spawn().unwrap();
+    let log = BufReader::new(child.stderr.take().unwrap());
+    let mut told = Vec::new();
+    for line in log.lines() {
+        let line = line.unwrap();
+        let Some((_, place)) = line.split_once("serving at ") else { continue };
+        told.push(place.to_owned());
+        if !place.starts_with("tcp ") {
+            break;
+        }
+    }
+    (child, told)
+}
+
+fn end(mut child: Child) {
+    run(Command::new("kill").args(["-s", "TERM", &child.id().to_string()]));
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn tcp_connections_are_kept_alive() {
+    let socket = std::env::temp_dir().join(format!("ghostswap-nbd-tcp-{}", std::process::id()));
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ghostswap-nbd"));
+    command.args(["--tcp", "127.0.0.1:0", "--export", "a,size=1M", "--unix"]).arg(&socket);
+    let (child, told) = start_and_read_log(&mut command);
+    let address = told[0].strip_prefix("tcp ").unwrap().to_owned();
+    let info = run(Command::new("nbdinfo").args(["--size", &format!("nbd://{address}/a")]));
+    assert_eq!(info.trim(), (1 << 20).to_string());
+    let mut client = TcpStream::connect(&address).unwrap();
+    client.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    client.read_exact(&mut [0; 18]).unwrap();
+    client.write_all(&[&3u32.to_be_bytes()[..], b"IHAVEOPT", &1u32.to_be_bytes(), &[0; 4]].concat()).unwrap();
+    client.read_exact(&mut [0; 10]).unwrap();
+    std::thread::sleep(Duration::from_millis(500));
+    // The kernel's own table: local and remote port in hexadecimal, and 02 for a running keepalive timer.
+    let port = |address: std::net::SocketAddr| format!(":{:04X}", address.port());
+    let (own, its) = (port(client.local_addr().unwrap()), port(client.peer_addr().unwrap()));
+    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    let server_side = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let line = server_side.into_iter().find(|line| line[1].ends_with(&its) && line[2].ends_with(&own)).unwrap();
+    assert!(line[5].starts_with("02:"), "{line:?}");
+    end(child);
+    // The socket that it made is gone with it, and another server may have the port at once.
+    assert!(!socket.exists());
+    TcpListener::bind(&address).unwrap();
+}
+
+#[test]
+fn systemd_may_listen_for_it() {
+    let directory = std::env::temp_dir().join(format!("ghostswap-nbd-activated-{}", std::process::id()));
+    std::fs::create_dir_all(&directory).unwrap();
+    let path = directory.join("s");
+    let activated = |socket: OwnedFd| {
+        // What systemd does: the socket as descriptor 3, and whom it is for.
+        let script = r#"exec 3<&0 </dev/null; export LISTEN_FDS=1 LISTEN_FDNAMES=pool LISTEN_PID=$$; exec "$@""#;
+        let mut command = Command::new("sh");
+        command.args(["-c", script, "sh", env!("CARGO_BIN_EXE_ghostswap-nbd"), "--export", "a,size=1M"]);
+        command.stdin(socket);
+        command
+    };
+    let listener = UnixListener::bind(&path).unwrap();
+    // As systemd leaves it.
+    listener.set_nonblocking(true).unwrap();
+    let (child, told) = start_and_read_log(&mut activated(listener.into()));
+    assert_eq!(told, ["systemd's socket pool"]);
+    let uri = format!("nbd+unix:///a?socket={}", path.display());
+    assert_eq!(run(Command::new("nbdinfo").args(["--size", &uri])).trim(), (1 << 20).to_string());
+    end(child);
+    assert!(path.exists(), "it removed what it did not make");
+    // A socket that does not listen: Accept=yes, say.
+    let refused = activated(UnixStream::pair().unwrap().0.into()).output().unwrap();
+    let text = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(refused.status.code() == Some(1) && text.contains("Accept=no"), "{text}");
+    std::fs::remove_dir_all(&directory).unwrap();
 }

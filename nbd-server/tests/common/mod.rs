@@ -49,6 +49,20 @@ impl Server {
         Raw(socket)
     }
 
+    /// In transmission on export a, as soon as the server can have one more client.
+    pub fn enter_when_a_lane_is_free(&self) -> Raw {
+        let end = Instant::now() + Duration::from_secs(10);
+        loop {
+            let mut client = self.connect();
+            client.greet();
+            if client.option(7, b"\0\0\0\x01a\0\0") == 1 {
+                return client;
+            }
+            assert!(Instant::now() < end, "no lane becomes free");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
     pub fn signal(&self, signal: &str) {
         run(Command::new("kill").args(["-s", signal, &self.child.id().to_string()]));
     }
