@@ -7,6 +7,7 @@
 // Its callers are in this package; what a reader needs is told by the files themselves.
 #![allow(missing_docs)]
 
+pub mod conversation;
 pub mod export;
 pub mod handshake;
 pub mod listen;

@@ -1,4 +1,5 @@
 //! Limits on clients, usage, and where the server listens.
+#![allow(clippy::unwrap_used)] // Clippy's leave for tests does not reach their helpers.
 
 mod common;
 
