@@ -10,7 +10,7 @@ use crate::proto::{
     FLAG_FAST_ZERO, FLAG_FUA, FLAG_NO_HOLE, FLAG_PAYLOAD_LEN, FLAG_REQ_ONE, MAX_PAYLOAD_BYTES, REQUEST_BYTES,
 };
 use crate::wire::{Wire, SLICE_BYTES};
-use ghostswap::{Error, Lane, PageKind};
+use ghostswap::{Error, Lane, PageKind, PAGE_BYTES};
 use std::io::{self, ErrorKind};
 
 /// Most extents told of a context at once: 16 KiB of reply for 28 bytes of request.
@@ -150,6 +150,8 @@ fn read_in_chunks(wire: &mut Wire, lane: &mut Lane, request: &Request, form: For
     if request.flags & FLAG_DF != 0 && request.len as usize > SLICE_BYTES {
         return wire.put(&Chunk::error(request, form, errno::OVERFLOW, None));
     }
+    // The slices before it have gone, and hold.
+    let failed = |error: &Error, from: u64| Chunk::error(request, form, errno_of(error), Some(place_of(error, from)));
     let mut offset = request.offset;
     let mut left = request.len as usize;
     while left > 0 {
@@ -157,7 +159,7 @@ fn read_in_chunks(wire: &mut Wire, lane: &mut Lane, request: &Request, form: For
         let done = part == left;
         let is_zeros = match reads_as_zeros(lane, offset, part as u64) {
             Ok(is_zeros) => is_zeros,
-            Err(error) => return wire.put(&Chunk::error(request, form, errno_of(&error), Some(offset))),
+            Err(error) => return wire.put(&failed(&error, offset)),
         };
         let place = offset.to_be_bytes();
         if is_zeros {
@@ -166,7 +168,7 @@ fn read_in_chunks(wire: &mut Wire, lane: &mut Lane, request: &Request, form: For
         } else {
             let head = Chunk::new(request, form, done, chunk::OFFSET_DATA, &[&place], part);
             if let Err(error) = wire.put_filled(&head, part, |data| lane.read(offset, data))? {
-                return wire.put(&Chunk::error(request, form, errno_of(&error), Some(offset)));
+                return wire.put(&failed(&error, offset));
             }
         }
         offset += part as u64;
@@ -269,6 +271,15 @@ fn flush_if_asked(lane: &mut Lane, request: &Request) -> Result<(), u32> {
         return Ok(());
     }
     lane.flush().map_err(|error| errno_of(&error))
+}
+
+/// Where in what was read from `from` on an error lies.
+fn place_of(error: &Error, from: u64) -> u64 {
+    match error {
+        // The page may begin before what was asked for.
+        Error::Lost { page } | Error::Corrupt { page, .. } => from.max(u64::from(*page) * PAGE_BYTES as u64),
+        _ => from,
+    }
 }
 
 /// The one place where the store's errors become the protocol's.

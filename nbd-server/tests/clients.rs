@@ -1,6 +1,6 @@
-//! Real clients (nbdinfo, nbdcopy, qemu-io, qemu-img) against the real server.
+//! Real clients (nbdinfo, nbdcopy, nbdsh, qemu-io, qemu-img, fio) against the real server.
 //!
-//! Needs the Debian packages libnbd-bin and qemu-utils.
+//! Needs the Debian packages libnbd-bin, python3-libnbd, qemu-utils and fio.
 
 mod common;
 
@@ -121,6 +121,34 @@ fn clients_see_what_lies_where() {
     for (command, data) in [(1, &[1; 4096][..]), (4, b""), (6, b"")] {
         client.request(0, command, 0, 4096, data);
         assert_eq!(client.errno(), 1, "command {command}");
+    }
+    server.end();
+}
+
+#[test]
+fn nbdsh_tries_every_option_and_command() {
+    let server = Server::start("nbdsh", &["--export", "a,size=16M", "--export", "long-name,size=1M,ro"]);
+    for script in ["options.py", "commands.py"] {
+        let path = format!("{}/tests/nbdsh/{script}", env!("CARGO_MANIFEST_DIR"));
+        let text = std::fs::read_to_string(&path).unwrap();
+        // Debian's nbdsh is a module of Debian's Python, whatever other Python comes first.
+        run(Command::new("nbdsh")
+            .args(["-n", "-c", &text])
+            .env("SOCKET", server.socket())
+            .env("PATH", "/usr/bin:/bin"));
+    }
+    server.end();
+}
+
+#[test]
+fn fio_verifies_what_it_wrote() {
+    let server = Server::start("fio", &["--export", "a,size=32M", "--tier", "ram,limit=128M,codec=zstd:1"]);
+    let uri = format!("--uri={}", server.uri("a"));
+    for (name, size) in [("random", "--bsrange=512-64k"), ("large", "--bs=1M")] {
+        let job =
+            ["--ioengine=nbd", "--size=32M", "--rw=randwrite", "--iodepth=16", "--verify=crc32c", "--do_verify=1"];
+        let more = ["--verify_fatal=1", "--buffer_compress_percentage=50", "--minimal", "--bs_unaligned=0"];
+        run(Command::new("fio").arg(format!("--name={name}")).args(job).args(more).args([size, &uri]));
     }
     server.end();
 }
