@@ -90,6 +90,10 @@ impl Transport for Memory {
         Ok(())
     }
 
+    fn has_input(&self, _: Duration) -> Result<bool> {
+        Ok(true)
+    }
+
     fn finish(&self) -> Result<()> {
         Ok(())
     }

@@ -4,6 +4,7 @@ use crate::proto::MAX_NAME_BYTES;
 use ghostswap::config::parse_size;
 use ghostswap::{Store, Volume, MAX_VOLUME_BYTES};
 use std::str::FromStr;
+use std::sync::atomic::AtomicU64;
 
 /// One `--export NAME[,size=SIZE][,client=NAME[:NAME…]][,ro]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,6 +48,8 @@ pub struct Export {
     pub volume: Volume,
     pub read_only: bool,
     clients: Vec<String>,
+    /// Writes refused for want of room, after they had waited for it.
+    pub refused_writes: AtomicU64,
 }
 
 /// Whether a client may go to an export.
@@ -81,7 +84,8 @@ impl Exports {
                 return Err(ghostswap::Error::InvalidConfig(why));
             }
             let (name, volume) = (config.name.clone(), store.create_volume(config.size)?);
-            all.push(Export { name, volume, read_only: config.read_only, clients: config.clients.clone() });
+            let (read_only, clients) = (config.read_only, config.clients.clone());
+            all.push(Export { name, volume, read_only, clients, refused_writes: AtomicU64::new(0) });
         }
         Ok(Exports(all))
     }

@@ -11,6 +11,7 @@ pub mod conversation;
 pub mod export;
 pub mod handshake;
 pub mod listen;
+pub mod parked;
 pub mod proto;
 pub mod server;
 pub mod tls;

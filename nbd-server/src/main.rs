@@ -186,10 +186,10 @@ fn run(args: &Args) -> Result<()> {
         if signal != SIGUSR1 {
             break;
         }
-        info!("statistics\n{}", store.stats());
+        info!("statistics: {} parked writes refused\n{}", server.refused_writes(), store.stats());
     }
     drop(listeners);
     server.end();
-    info!("ended\n{}", store.stats());
+    info!("ended: {} parked writes refused\n{}", server.refused_writes(), store.stats());
     Ok(())
 }

@@ -13,6 +13,7 @@ use anyhow::{Context, Result};
 use socket2::Socket;
 use std::collections::HashMap;
 use std::net::Shutdown;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tracing::{info, warn};
@@ -137,6 +138,11 @@ impl Server {
             let waited = self.0.one_left.wait_timeout(connections, left);
             connections = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+
+    /// Writes that waited for room and were refused, of all exports.
+    pub fn refused_writes(&self) -> u64 {
+        self.0.offer.exports.all().iter().map(|export| export.refused_writes.load(Ordering::Relaxed)).sum()
     }
 
     fn connections(&self) -> MutexGuard<'_, Connections> {

@@ -1,7 +1,8 @@
 //! What carries a connection's bytes: a socket of any family; in tests, memory.
 
 use socket2::{Socket, TcpKeepalive};
-use std::io::{Read, Result, Write};
+use std::io::{ErrorKind, Read, Result, Write};
+use std::mem::MaybeUninit;
 use std::net::Shutdown;
 use std::time::Duration;
 
@@ -17,6 +18,9 @@ pub trait Transport: Read + Write + Send {
     /// The longest that one read or write may wait; `None`: for ever.
     fn set_timeout(&self, time: Option<Duration>) -> Result<()>;
 
+    /// Whether a read would not wait, after at most `time`. Changes the limit that was set.
+    fn has_input(&self, time: Duration) -> Result<bool>;
+
     /// Tells the peer that nothing more comes.
     fn finish(&self) -> Result<()>;
 }
@@ -24,6 +28,15 @@ pub trait Transport: Read + Write + Send {
 impl Transport for Socket {
     fn set_timeout(&self, time: Option<Duration>) -> Result<()> {
         self.set_read_timeout(time).and_then(|()| self.set_write_timeout(time))
+    }
+
+    fn has_input(&self, time: Duration) -> Result<bool> {
+        self.set_read_timeout(Some(time))?;
+        match self.peek(&mut [MaybeUninit::uninit()]) {
+            Ok(_) => Ok(true),
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     fn finish(&self) -> Result<()> {

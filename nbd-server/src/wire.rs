@@ -101,6 +101,15 @@ impl Wire {
         }
     }
 
+    /// Whether there is something to take, after at most `time`. Like all waiting it sends first.
+    pub fn has_input(&mut self, time: Duration) -> Result<bool> {
+        if self.start != self.end {
+            return Ok(true);
+        }
+        self.send()?;
+        self.link.has_input(time)
+    }
+
     /// Throws away the next `len` bytes.
     pub fn skip(&mut self, mut len: usize) -> Result<()> {
         while len > 0 {
@@ -208,6 +217,19 @@ impl Link {
             self.receive_tls()?;
         }
         Ok(self.tls.as_deref().expect("set above"))
+    }
+
+    fn has_input(&mut self, time: Duration) -> Result<bool> {
+        if let Some(tls) = &mut self.tls {
+            // Bytes that have left the socket but not rustls.
+            let state = tls.process_new_packets().map_err(Error::other)?;
+            if state.plaintext_bytes_to_read() > 0 {
+                return Ok(true);
+            }
+        }
+        let has_input = self.transport.has_input(time);
+        self.set_limit(self.limit)?;
+        has_input
     }
 
     /// 0: the peer has closed.
