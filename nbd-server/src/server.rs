@@ -12,6 +12,7 @@ use crate::{transmission, transport};
 use anyhow::{Context, Result};
 use socket2::Socket;
 use std::collections::HashMap;
+use std::fmt::Display;
 use std::net::Shutdown;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -31,6 +32,8 @@ pub struct Limits {
     pub idle_time: Option<Duration>,
 }
 
+const REFUSALS_TOLD_EVERY: Duration = Duration::from_secs(1);
+
 #[derive(Clone)]
 pub struct Server(Arc<Shared>);
 
@@ -46,6 +49,20 @@ struct Connections {
     open: HashMap<u64, Socket>,
     next: u64,
     ending: bool,
+    /// Refused since that was last told, and when that was.
+    refused: u64,
+    told: Option<Instant>,
+}
+
+impl Connections {
+    fn refuse(&mut self, why: &dyn Display) {
+        self.refused += 1;
+        // A storm of clients is not to be one of log lines.
+        if self.told.is_none_or(|told| told.elapsed() >= REFUSALS_TOLD_EVERY) {
+            warn!("refused {} client(s): {why}", std::mem::take(&mut self.refused));
+            self.told = Some(Instant::now());
+        }
+    }
 }
 
 impl Server {
@@ -77,12 +94,12 @@ impl Server {
             return;
         }
         if connections.open.len() >= self.0.limits.connections {
-            warn!("refused a client: all {} connections are in use", self.0.limits.connections);
-            return;
+            let why = format_args!("all {} connections are in use", self.0.limits.connections);
+            return connections.refuse(&why);
         }
         let second = match socket.try_clone() {
             Ok(second) => second,
-            Err(error) => return warn!("refused a client: {error}"),
+            Err(error) => return connections.refuse(&error),
         };
         let number = connections.next;
         connections.next += 1;
@@ -94,7 +111,7 @@ impl Server {
             server.forget(number);
         };
         if let Err(error) = std::thread::Builder::new().name(format!("nbd-{number}")).spawn(serving) {
-            warn!("refused a client: {error}");
+            self.connections().refuse(&error);
             self.forget(number);
         }
     }
