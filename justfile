@@ -39,6 +39,10 @@ bench:
 bench-zram:
     scripts/bench/zram
 
+# What parses bytes from outside, guided by coverage: [TARGET [SECONDS]]
+fuzz *ARGS:
+    scripts/fuzz {{ARGS}}
+
 # What the tests do in little, for hours
 torture *ARGS:
     scripts/torture {{ARGS}}

@@ -1,20 +1,27 @@
 //! Newstyle negotiation: from the first byte to the export that the client goes to.
 //!
-//! What a client may send here is bounded in size, number and time. TLS is answered as
-//! unsupported.
+//! What a client may send here is bounded in size, number and time. What was agreed on before TLS is
+//! forgotten when TLS starts, since anybody could have put it there.
 
-use crate::export::{Export, Exports};
+use crate::export::{Access, Export, Exports};
 use crate::proto::{self, info, option, reply, transmission_flags, Context, Form};
+use crate::tls::{client_names, Tls};
 use crate::wire::Wire;
 use ghostswap::Lane;
 use std::io::{Error, ErrorKind, Result};
 use std::time::{Duration, Instant};
 
-/// A client on a slow network takes a second; one that takes longer than this holds a lane for
-/// nothing.
-const HANDSHAKE_TIME: Duration = Duration::from_secs(10);
 const MAX_OPTIONS: usize = 256;
+/// Larger options are read over and refused.
 const MAX_OPTION_BYTES: usize = 64 << 10;
+
+/// What a server has for clients, and on which terms.
+pub struct Offer {
+    pub exports: Exports,
+    pub tls: Tls,
+    /// For all of the negotiation. A client on a slow network takes a second.
+    pub handshake_time: Duration,
+}
 
 /// What a client chose.
 pub struct Chosen<'a> {
@@ -23,30 +30,13 @@ pub struct Chosen<'a> {
     pub form: Form,
     /// What BLOCK_STATUS tells: of [`Context::ALL`].
     pub contexts: [bool; 2],
-}
-
-/// What was agreed on before the export is chosen.
-#[derive(Default)]
-struct Agreed<'a> {
-    form: Form,
-    /// Contexts hold for the export that they were set for.
-    contexts: Option<(&'a Export, [bool; 2])>,
-}
-
-impl<'a> Agreed<'a> {
-    fn choose(&self, export: &'a Export, lane: Lane) -> Box<Chosen<'a>> {
-        let own = self.contexts.filter(|(of, _)| std::ptr::eq(*of, export));
-        Box::new(Chosen { export, lane, form: self.form, contexts: own.map_or([false; 2], |(_, c)| c) })
-    }
-
-    fn flags(&self, export: &Export) -> u16 {
-        transmission_flags(export.read_only, self.form)
-    }
+    /// What the client's certificate calls it.
+    pub client: Vec<String>,
 }
 
 /// `None`: the client ended the negotiation in an orderly way.
-pub fn negotiate<'a>(wire: &mut Wire, exports: &'a Exports) -> Result<Option<Box<Chosen<'a>>>> {
-    wire.set_deadline(Some(Instant::now() + HANDSHAKE_TIME))?;
+pub fn negotiate<'a>(wire: &mut Wire, offer: &'a Offer) -> Result<Option<Box<Chosen<'a>>>> {
+    wire.set_deadline(Instant::now() + offer.handshake_time)?;
     wire.put(proto::MAGIC)?;
     wire.put(proto::OPTION_MAGIC)?;
     wire.put(&(proto::FIXED_NEWSTYLE | proto::NO_ZEROES).to_be_bytes())?;
@@ -55,18 +45,17 @@ pub fn negotiate<'a>(wire: &mut Wire, exports: &'a Exports) -> Result<Option<Box
         return Err(rude("unknown handshake flags"));
     }
     let pad = flags & u32::from(proto::NO_ZEROES) == 0;
-    let mut agreed = Agreed::default();
+    let mut talk = Talk { wire, offer, pad, form: Form::Simple, contexts: None, names: None };
     for _ in 0..MAX_OPTIONS {
-        match answer_option(wire, exports, &mut agreed, pad)? {
+        match talk.answer_option()? {
             Answer::Next => {}
-            Answer::Abort => return wire.send().map(|()| None),
+            Answer::Abort => return Ok(None),
             Answer::Go(chosen) => {
                 wire.send()?;
-                wire.set_deadline(None)?;
                 return Ok(Some(chosen));
             }
         }
-        if wire.at_end()? {
+        if talk.wire.at_end()? {
             return Ok(None);
         }
     }
@@ -79,158 +68,221 @@ enum Answer<'a> {
     Go(Box<Chosen<'a>>),
 }
 
-fn answer_option<'a>(wire: &mut Wire, exports: &'a Exports, agreed: &mut Agreed<'a>, pad: bool) -> Result<Answer<'a>> {
-    if &wire.take_array::<8>()? != proto::OPTION_MAGIC {
-        return Err(rude("an option without its magic"));
-    }
-    let option = u32::from_be_bytes(wire.take_array()?);
-    let len = u32::from_be_bytes(wire.take_array()?) as usize;
-    if len > MAX_OPTION_BYTES {
-        return Err(rude("an option too large"));
-    }
-    match option {
-        // It could not tell that extended headers hold ("Extended headers" in the protocol).
-        option::EXPORT_NAME if agreed.form == Form::Extended => Err(rude("EXPORT_NAME after EXTENDED_HEADERS")),
-        option::EXPORT_NAME => go_by_name(wire, exports, agreed, len, pad),
-        option::ABORT => {
-            wire.skip(len)?;
-            answer(wire, option, reply::ACK, &[])?;
-            Ok(Answer::Abort)
-        }
-        option::LIST => {
-            wire.skip(len)?;
-            if len != 0 {
-                return refuse(wire, option, reply::ERR_INVALID, "LIST takes no data");
-            }
-            for export in exports.all() {
-                let name = export.name.as_bytes();
-                let mut data = (name.len() as u32).to_be_bytes().to_vec();
-                data.extend_from_slice(name);
-                answer(wire, option, reply::SERVER, &data)?;
-            }
-            answer(wire, option, reply::ACK, &[])?;
-            Ok(Answer::Next)
-        }
-        option::INFO | option::GO => info_or_go(wire, exports, agreed, option, len),
-        option::STRUCTURED_REPLY | option::EXTENDED_HEADERS => {
-            wire.skip(len)?;
-            if len != 0 {
-                return refuse(wire, option, reply::ERR_INVALID, "it takes no data");
-            }
-            agreed.form = match (option, agreed.form) {
-                (option::EXTENDED_HEADERS, _) => Form::Extended,
-                (_, Form::Extended) => return refuse(wire, option, reply::ERR_EXT_HEADER_REQD, "extended already"),
-                _ => Form::Structured,
-            };
-            answer(wire, option, reply::ACK, &[])?;
-            Ok(Answer::Next)
-        }
-        option::LIST_META_CONTEXT | option::SET_META_CONTEXT => contexts(wire, exports, agreed, option, len),
-        _ => {
-            wire.skip(len)?;
-            refuse(wire, option, reply::ERR_UNSUP, "not supported")
-        }
-    }
-}
-
-/// The oldest way: no error reply exists, a refused client is hung up on.
-fn go_by_name<'a>(
-    wire: &mut Wire,
-    exports: &'a Exports,
-    agreed: &Agreed<'a>,
-    len: usize,
+/// What was agreed on so far.
+struct Talk<'w, 'a> {
+    wire: &'w mut Wire,
+    offer: &'a Offer,
+    /// Whether EXPORT_NAME is answered with 124 zeros.
     pad: bool,
-) -> Result<Answer<'a>> {
-    let export = exports.find(wire.take(len)?).ok_or_else(|| rude("no such export"))?;
-    let lane = export.volume.lane().map_err(|error| Error::other(error.to_string()))?;
-    wire.put(&export.volume.bytes().to_be_bytes())?;
-    wire.put(&agreed.flags(export).to_be_bytes())?;
-    if pad {
-        wire.put(&[0; 124])?;
-    }
-    Ok(Answer::Go(agreed.choose(export, lane)))
+    form: Form,
+    /// Contexts hold for the export that they were set for.
+    contexts: Option<(&'a Export, [bool; 2])>,
+    /// What the client's certificate calls it. `None`: no TLS yet.
+    names: Option<Vec<String>>,
 }
 
-fn info_or_go<'a>(
-    wire: &mut Wire,
-    exports: &'a Exports,
-    agreed: &Agreed<'a>,
-    option: u32,
-    len: usize,
-) -> Result<Answer<'a>> {
-    if len > proto::MAX_NAME_BYTES * 2 {
-        wire.skip(len)?;
-        return refuse(wire, option, reply::ERR_TOO_BIG, "too long");
+impl<'a> Talk<'_, 'a> {
+    fn answer_option(&mut self) -> Result<Answer<'a>> {
+        if &self.wire.take_array::<8>()? != proto::OPTION_MAGIC {
+            return Err(rude("an option without its magic"));
+        }
+        let option = u32::from_be_bytes(self.wire.take_array()?);
+        let len = u32::from_be_bytes(self.wire.take_array()?) as usize;
+        let needs_tls = matches!(self.offer.tls, Tls::Required(_)) && self.names.is_none();
+        match option {
+            option::EXPORT_NAME => self.go_by_name(len, needs_tls),
+            option::ABORT => {
+                self.wire.skip(len)?;
+                self.answer(option, reply::ACK, &[])?;
+                Ok(Answer::Abort)
+            }
+            _ if len > MAX_OPTION_BYTES => {
+                self.wire.skip(len)?;
+                self.refuse(option, reply::ERR_TOO_BIG, "too long")
+            }
+            option::STARTTLS => self.start_tls(len),
+            _ if needs_tls => {
+                self.wire.skip(len)?;
+                self.refuse(option, reply::ERR_TLS_REQD, "TLS is required")
+            }
+            option::LIST => self.list(len),
+            option::INFO | option::GO => self.info_or_go(option, len),
+            option::STRUCTURED_REPLY | option::EXTENDED_HEADERS => self.set_form(option, len),
+            option::LIST_META_CONTEXT | option::SET_META_CONTEXT => self.set_contexts(option, len),
+            _ => {
+                self.wire.skip(len)?;
+                self.refuse(option, reply::ERR_UNSUP, "not supported")
+            }
+        }
     }
-    let Some(name) = proto::parse_go(wire.take(len)?) else {
-        return refuse(wire, option, reply::ERR_INVALID, "malformed");
-    };
-    let Some(export) = exports.find(name) else {
-        return refuse(wire, option, reply::ERR_UNKNOWN, "no such export");
-    };
-    // Before the first good reply, as none can be taken back.
-    let lane = match (option == option::GO).then(|| export.volume.lane()).transpose() {
-        Ok(lane) => lane,
-        Err(error) => return refuse(wire, option, reply::ERR_POLICY, &error.to_string()),
-    };
-    let mut data = info::EXPORT.to_be_bytes().to_vec();
-    data.extend_from_slice(&export.volume.bytes().to_be_bytes());
-    data.extend_from_slice(&agreed.flags(export).to_be_bytes());
-    answer(wire, option, reply::INFO, &data)?;
-    let mut data = info::BLOCK_SIZE.to_be_bytes().to_vec();
-    for size in [proto::MIN_BLOCK_BYTES, proto::PREFERRED_BLOCK_BYTES, proto::MAX_PAYLOAD_BYTES] {
-        data.extend_from_slice(&size.to_be_bytes());
-    }
-    answer(wire, option, reply::INFO, &data)?;
-    for (what, text) in [(info::NAME, export.name.as_str()), (info::DESCRIPTION, "ghostswap volume")] {
-        answer(wire, option, reply::INFO, &[&what.to_be_bytes(), text.as_bytes()].concat())?;
-    }
-    answer(wire, option, reply::ACK, &[])?;
-    Ok(match lane {
-        Some(lane) => Answer::Go(agreed.choose(export, lane)),
-        None => Answer::Next,
-    })
-}
 
-fn contexts<'a>(
-    wire: &mut Wire,
-    exports: &'a Exports,
-    agreed: &mut Agreed<'a>,
-    option: u32,
-    len: usize,
-) -> Result<Answer<'a>> {
-    let setting = option == option::SET_META_CONTEXT;
-    // A SET that fails leaves none set.
-    if setting {
-        agreed.contexts = None;
+    fn start_tls(&mut self, len: usize) -> Result<Answer<'a>> {
+        let option = option::STARTTLS;
+        self.wire.skip(len)?;
+        if len != 0 || self.names.is_some() {
+            return self.refuse(option, reply::ERR_INVALID, "it takes no data, and comes once");
+        }
+        let Some(config) = self.offer.tls.config() else {
+            return self.refuse(option, reply::ERR_UNSUP, "this server has no TLS");
+        };
+        self.answer(option, reply::ACK, &[])?;
+        let names = client_names(self.wire.start_tls(config.clone())?);
+        (self.form, self.contexts, self.names) = (Form::Simple, None, Some(names));
+        Ok(Answer::Next)
     }
-    let parsed = proto::parse_contexts(wire.take(len)?, !setting);
-    let Some((name, meant)) = parsed.filter(|_| agreed.form != Form::Simple) else {
-        return refuse(wire, option, reply::ERR_INVALID, "malformed, or before STRUCTURED_REPLY");
-    };
-    let Some(export) = exports.find(name) else {
-        return refuse(wire, option, reply::ERR_UNKNOWN, "no such export");
-    };
-    for context in Context::ALL.into_iter().zip(meant).filter_map(|(context, meant)| meant.then_some(context)) {
-        // A LIST names no number.
-        let number = if setting { context as u32 } else { 0 };
-        answer(wire, option, reply::META_CONTEXT, &[&number.to_be_bytes(), context.name().as_bytes()].concat())?;
-    }
-    answer(wire, option, reply::ACK, &[])?;
-    if setting {
-        agreed.contexts = Some((export, meant));
-    }
-    Ok(Answer::Next)
-}
 
-fn answer(wire: &mut Wire, option: u32, reply: u32, data: &[u8]) -> Result<()> {
-    wire.put(&proto::option_reply(option, reply, data.len()))?;
-    wire.put(data)
-}
+    fn set_form(&mut self, option: u32, len: usize) -> Result<Answer<'a>> {
+        self.wire.skip(len)?;
+        if len != 0 {
+            return self.refuse(option, reply::ERR_INVALID, "it takes no data");
+        }
+        self.form = match (option, self.form) {
+            (option::EXTENDED_HEADERS, _) => Form::Extended,
+            (_, Form::Extended) => return self.refuse(option, reply::ERR_EXT_HEADER_REQD, "extended already"),
+            _ => Form::Structured,
+        };
+        self.answer(option, reply::ACK, &[])?;
+        Ok(Answer::Next)
+    }
 
-fn refuse<'a>(wire: &mut Wire, option: u32, reply: u32, why: &str) -> Result<Answer<'a>> {
-    answer(wire, option, reply, why.as_bytes())?;
-    Ok(Answer::Next)
+    /// Names those that this client may go to; those that it may after TLS would be others'.
+    fn list(&mut self, len: usize) -> Result<Answer<'a>> {
+        self.wire.skip(len)?;
+        if len != 0 {
+            return self.refuse(option::LIST, reply::ERR_INVALID, "LIST takes no data");
+        }
+        let offer = self.offer;
+        for export in offer.exports.all() {
+            if export.access(self.names.as_deref()) == Access::Granted {
+                let name = export.name.as_bytes();
+                self.answer(option::LIST, reply::SERVER, &[&(name.len() as u32).to_be_bytes(), name].concat())?;
+            }
+        }
+        self.answer(option::LIST, reply::ACK, &[])?;
+        Ok(Answer::Next)
+    }
+
+    /// The oldest way: no error reply exists, a refused client is hung up on.
+    fn go_by_name(&mut self, len: usize, needs_tls: bool) -> Result<Answer<'a>> {
+        // It could not tell that extended headers hold ("Extended headers" in the protocol).
+        if self.form == Form::Extended {
+            return Err(rude("EXPORT_NAME after EXTENDED_HEADERS"));
+        }
+        if needs_tls {
+            return Err(rude("EXPORT_NAME before STARTTLS"));
+        }
+        if len > proto::MAX_NAME_BYTES {
+            return Err(rude("a name too long"));
+        }
+        let export = self.offer.exports.find(self.wire.take(len)?).ok_or_else(|| rude("no such export"))?;
+        if export.access(self.names.as_deref()) != Access::Granted {
+            return Err(Error::new(
+                ErrorKind::PermissionDenied,
+                format!("export {} is not for this client", export.name),
+            ));
+        }
+        let lane = export.volume.lane().map_err(|error| Error::other(error.to_string()))?;
+        self.wire.put(&export.volume.bytes().to_be_bytes())?;
+        self.wire.put(&self.flags(export).to_be_bytes())?;
+        if self.pad {
+            self.wire.put(&[0; 124])?;
+        }
+        Ok(self.go(export, lane))
+    }
+
+    fn info_or_go(&mut self, option: u32, len: usize) -> Result<Answer<'a>> {
+        let data = self.wire.take(len)?.to_vec();
+        let Some((name, asked)) = proto::parse_go(&data) else {
+            return self.refuse(option, reply::ERR_INVALID, "malformed");
+        };
+        let export = match self.find(name) {
+            Ok(export) => export,
+            Err((reply, why)) => return self.refuse(option, reply, why),
+        };
+        // Before the first good reply, as none can be taken back.
+        let lane = match (option == option::GO).then(|| export.volume.lane()).transpose() {
+            Ok(lane) => lane,
+            Err(error) => return self.refuse(option, reply::ERR_POLICY, &error.to_string()),
+        };
+        let mut whole = info::EXPORT.to_be_bytes().to_vec();
+        whole.extend_from_slice(&export.volume.bytes().to_be_bytes());
+        whole.extend_from_slice(&self.flags(export).to_be_bytes());
+        self.answer(option, reply::INFO, &whole)?;
+        // Asked for or not: they bind, and a client that has not heard of them takes 1 for the smallest.
+        let mut sizes = info::BLOCK_SIZE.to_be_bytes().to_vec();
+        for size in [proto::MIN_BLOCK_BYTES, proto::PREFERRED_BLOCK_BYTES, proto::MAX_PAYLOAD_BYTES] {
+            sizes.extend_from_slice(&size.to_be_bytes());
+        }
+        self.answer(option, reply::INFO, &sizes)?;
+        for (what, text) in [(info::NAME, export.name.as_str()), (info::DESCRIPTION, "ghostswap volume")] {
+            if asked.has(what) {
+                self.answer(option, reply::INFO, &[&what.to_be_bytes(), text.as_bytes()].concat())?;
+            }
+        }
+        self.answer(option, reply::ACK, &[])?;
+        Ok(match lane {
+            Some(lane) => self.go(export, lane),
+            None => Answer::Next,
+        })
+    }
+
+    fn set_contexts(&mut self, option: u32, len: usize) -> Result<Answer<'a>> {
+        let setting = option == option::SET_META_CONTEXT;
+        // A SET that fails leaves none set.
+        if setting {
+            self.contexts = None;
+        }
+        let data = self.wire.take(len)?.to_vec();
+        let parsed = proto::parse_contexts(&data, !setting);
+        let Some((name, meant)) = parsed.filter(|_| self.form != Form::Simple) else {
+            return self.refuse(option, reply::ERR_INVALID, "malformed, or before STRUCTURED_REPLY");
+        };
+        let export = match self.find(name) {
+            Ok(export) => export,
+            Err((reply, why)) => return self.refuse(option, reply, why),
+        };
+        for context in Context::ALL.into_iter().zip(meant).filter_map(|(context, meant)| meant.then_some(context)) {
+            // A LIST names no number.
+            let number = if setting { context as u32 } else { 0 };
+            self.answer(option, reply::META_CONTEXT, &[&number.to_be_bytes(), context.name().as_bytes()].concat())?;
+        }
+        self.answer(option, reply::ACK, &[])?;
+        if setting {
+            self.contexts = Some((export, meant));
+        }
+        Ok(Answer::Next)
+    }
+
+    /// The export that a client names and may go to; or the reply that says why not.
+    fn find(&self, name: &[u8]) -> std::result::Result<&'a Export, (u32, &'static str)> {
+        let export = self.offer.exports.find(name).ok_or((reply::ERR_UNKNOWN, "no such export"))?;
+        match export.access(self.names.as_deref()) {
+            Access::Granted => Ok(export),
+            Access::NeedsTls => Err((reply::ERR_TLS_REQD, "this export requires TLS")),
+            Access::Refused => Err((reply::ERR_POLICY, "this export is not for this client")),
+        }
+    }
+
+    fn flags(&self, export: &Export) -> u16 {
+        transmission_flags(export.read_only, self.form)
+    }
+
+    fn go(&mut self, export: &'a Export, lane: Lane) -> Answer<'a> {
+        let own = self.contexts.filter(|(of, _)| std::ptr::eq(*of, export));
+        let contexts = own.map_or([false; 2], |(_, contexts)| contexts);
+        let client = self.names.take().unwrap_or_default();
+        Answer::Go(Box::new(Chosen { export, lane, form: self.form, contexts, client }))
+    }
+
+    fn answer(&mut self, option: u32, reply: u32, data: &[u8]) -> Result<()> {
+        self.wire.put(&proto::option_reply(option, reply, data.len()))?;
+        self.wire.put(data)
+    }
+
+    fn refuse(&mut self, option: u32, reply: u32, why: &str) -> Result<Answer<'a>> {
+        self.answer(option, reply, why.as_bytes())?;
+        Ok(Answer::Next)
+    }
 }
 
 fn rude(what: &str) -> Error {

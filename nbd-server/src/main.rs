@@ -1,48 +1,128 @@
-//! `ghostswap-nbd`: serves volumes of one store to NBD clients over a Unix socket or TCP.
+//! `ghostswap-nbd`: serves volumes of one store to NBD clients over Unix sockets, TCP and vsock.
 //!
 //! It translates the protocol into `Lane` calls and decides nothing else. Exit status: 0 ended by
 //! a signal, 1 failure, 2 bad usage or an impossible configuration. SIGUSR1 logs the statistics.
 #![forbid(unsafe_code)]
 
-mod export;
-mod handshake;
-mod proto;
-mod server;
-mod stream;
-mod transmission;
-mod wire;
-
 use anyhow::{Context, Result};
-use clap::{ArgGroup, Parser};
-use export::{ExportConfig, Exports};
+use clap::{ArgGroup, Parser, ValueEnum};
 use ghostswap::{Store, StoreConfig, TierConfig};
-use server::Server;
+use ghostswap_nbd::export::{ExportConfig, Exports};
+use ghostswap_nbd::handshake::Offer;
+use ghostswap_nbd::listen;
+use ghostswap_nbd::server::{Limits, Server};
+use ghostswap_nbd::tls::{Tls, TlsFiles};
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 use tracing::info;
+
+/// Connections beyond those that have a lane: clients that negotiate, or only ask what there is.
+const NEGOTIATING: usize = 64;
 
 /// Serve sparse compressed volumes to NBD clients.
 #[derive(Parser)]
-#[command(version, group = ArgGroup::new("listen").args(["unix", "tcp"]).required(true).multiple(true))]
+#[command(version, group = ArgGroup::new("identity").args(["tls_cert", "tls_certificates"]))]
 struct Args {
     /// Listen at this Unix socket
     #[arg(long, value_name = "PATH")]
     unix: Option<PathBuf>,
-    /// Listen at this TCP address; there is neither encryption nor a password
+    /// Listen at this TCP address; port 0: any that is free
     #[arg(long, value_name = "ADDR:PORT")]
     tcp: Option<String>,
-    /// A volume and its name; size 16T unless told; ro: not to be written. May be given several times
-    #[arg(long, value_name = "NAME[,size=SIZE][,ro]", required = true)]
+    /// Listen at this vsock port, for guests of this machine or, in a guest, for its host
+    #[arg(long, value_name = "PORT")]
+    vsock: Option<u32>,
+    /// A volume and its name; size 16T unless told; ro: not to be written; client: only for clients whose
+    /// certificate has one of these names. May be given several times
+    #[arg(long, value_name = "NAME[,size=SIZE][,client=NAME[:NAME]][,ro]", required = true)]
     export: Vec<ExportConfig>,
     /// Where pages are kept: ram[,limit=SIZE|PERCENT%][,codec=lz4|zstd[:LEVEL]][,group=SIZE]
     #[arg(long, value_name = "SPEC")]
     tier: Vec<TierConfig>,
-    /// Most clients at once [default: the store's]
+    /// Most clients at once that have gone to an export [default: the store's]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     max_lanes: Option<u16>,
+    /// Most connections at once [default: 64 more than lanes]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65536))]
+    max_connections: Option<u32>,
+    /// Within this time a client must have gone to an export
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
+    handshake_time: u32,
+    /// Hang up on clients that send and take nothing for so long [default: never]
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
+    idle_time: Option<u32>,
+    /// The server's certificate, and those between it and its root, in PEM
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+    /// Its private key, in PEM
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
+    /// Let in only clients with a certificate signed by one of these
+    #[arg(long, value_name = "FILE", requires = "identity")]
+    tls_client_ca: Option<PathBuf>,
+    /// A directory with server-cert.pem and server-key.pem, as nbdkit and QEMU have it
+    #[arg(long, value_name = "DIR")]
+    tls_certificates: Option<PathBuf>,
+    /// Let in only clients with a certificate signed by ca-cert.pem in that directory
+    #[arg(long, requires = "tls_certificates", conflicts_with = "tls_client_ca")]
+    tls_verify_peer: bool,
+    /// Whether TLS may or must be used [default: require if there is a certificate]
+    #[arg(long, value_name = "MODE")]
+    tls: Option<TlsMode>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum TlsMode {
+    Off,
+    On,
+    Require,
+}
+
+impl Args {
+    fn tls_files(&self) -> Option<TlsFiles> {
+        if let (Some(cert), Some(key)) = (&self.tls_cert, &self.tls_key) {
+            return Some(TlsFiles { cert: cert.clone(), key: key.clone(), client_ca: self.tls_client_ca.clone() });
+        }
+        let directory = self.tls_certificates.as_ref()?;
+        let own_ca = self.tls_verify_peer.then(|| directory.join("ca-cert.pem"));
+        Some(TlsFiles {
+            cert: directory.join("server-cert.pem"),
+            key: directory.join("server-key.pem"),
+            client_ca: self.tls_client_ca.clone().or(own_ca),
+        })
+    }
+
+    fn tls(&self) -> Result<Tls> {
+        let files = self.tls_files().filter(|_| self.tls != Some(TlsMode::Off));
+        let knows_clients = files.as_ref().is_some_and(|files| files.client_ca.is_some());
+        if let Some(export) = self.export.iter().find(|export| !export.clients.is_empty() && !knows_clients) {
+            return Err(bad_usage(format!(
+                "export '{}': client= needs --tls-client-ca or --tls-verify-peer",
+                export.name
+            )));
+        }
+        let Some(files) = files else {
+            return match self.tls {
+                None | Some(TlsMode::Off) => Ok(Tls::Off),
+                Some(_) => Err(bad_usage("--tls needs --tls-cert and --tls-key, or --tls-certificates".into())),
+            };
+        };
+        let config = files.load().map_err(anyhow::Error::msg)?;
+        Ok(if self.tls == Some(TlsMode::On) { Tls::Offered(config) } else { Tls::Required(config) })
+    }
+}
+
+fn bad_usage(why: String) -> anyhow::Error {
+    ghostswap::Error::InvalidConfig(why).into()
+}
+
+fn complain(what: std::fmt::Arguments<'_>) {
+    // The exit status tells it too, should nobody read this.
+    let _ = writeln!(std::io::stderr(), "ghostswap-nbd: {what}");
 }
 
 fn main() -> ExitCode {
@@ -52,7 +132,7 @@ fn main() -> ExitCode {
         Err(e) => {
             let text = e.to_string();
             let line = text.lines().next().unwrap_or_default();
-            eprintln!("ghostswap-nbd: {} (see --help)", line.strip_prefix("error: ").unwrap_or(line));
+            complain(format_args!("{} (see --help)", line.strip_prefix("error: ").unwrap_or(line)));
             return ExitCode::from(2);
         }
     };
@@ -61,11 +141,14 @@ fn main() -> ExitCode {
         .with_env_filter(filter.unwrap_or_else(|_| "info".into()))
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
+        // It would tell of a log that cannot be written by a macro that panics where that cannot be
+        // written either; but whoever reads our log may go, and the pages must not go with him.
+        .log_internal_errors(false)
         .init();
     match run(&args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("ghostswap-nbd: {error:#}");
+            complain(format_args!("{error:#}"));
             match error.downcast_ref() {
                 Some(ghostswap::Error::InvalidConfig(_)) => ExitCode::from(2),
                 _ => ExitCode::FAILURE,
@@ -77,29 +160,36 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<()> {
     // First of all, so that no signal finds the socket made and nobody to remove it.
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGUSR1]).context("cannot catch signals")?;
+    let mut listeners = listen::from_systemd()?;
+    if listeners.is_empty() && args.unix.is_none() && args.tcp.is_none() && args.vsock.is_none() {
+        return Err(bad_usage("nowhere to listen: give --unix, --tcp or --vsock, or have systemd listen".into()));
+    }
+    let tls = args.tls()?;
     let mut config = StoreConfig { tiers: args.tier.clone(), ..StoreConfig::default() };
     if let Some(lanes) = args.max_lanes {
         config.max_lanes = lanes.into();
     }
-    let max_lanes = config.max_lanes;
+    let connections = args.max_connections.map_or(config.max_lanes + NEGOTIATING, |most| most as usize);
     let store = Store::open(config)?;
-    let server = Server::new(Exports::create(&store, &args.export)?, max_lanes);
-    if let Some(address) = &args.tcp {
-        server.listen_tcp(address)?;
-        info!("serving at tcp {address}");
-    }
-    let socket = args.unix.as_deref().map(|path| server.listen_unix(path)).transpose()?;
-    if let Some(path) = &args.unix {
-        info!("serving at unix {}", path.display());
-    }
+    let offer = Offer {
+        exports: Exports::create(&store, &args.export)?,
+        tls,
+        handshake_time: Duration::from_secs(args.handshake_time.into()),
+    };
+    let idle_time = args.idle_time.map(|seconds| Duration::from_secs(seconds.into()));
+    let server = Server::new(offer, Limits { connections, idle_time });
+    listeners.extend(args.tcp.as_deref().map(listen::tcp).transpose()?);
+    listeners.extend(args.vsock.map(listen::vsock).transpose()?);
+    listeners.extend(args.unix.as_deref().map(listen::unix).transpose()?);
+    listeners.iter().try_for_each(|listener| server.accept_on(listener))?;
     for signal in signals.forever() {
         if signal != SIGUSR1 {
             break;
         }
-        info!("statistics\n{}", store.stats());
+        info!("statistics: {} parked writes refused\n{}", server.refused_writes(), store.stats());
     }
-    drop(socket);
+    drop(listeners);
     server.end();
-    info!("ended\n{}", store.stats());
+    info!("ended: {} parked writes refused\n{}", server.refused_writes(), store.stats());
     Ok(())
 }

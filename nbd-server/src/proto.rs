@@ -22,6 +22,7 @@ pub mod option {
     pub const EXPORT_NAME: u32 = 1;
     pub const ABORT: u32 = 2;
     pub const LIST: u32 = 3;
+    pub const STARTTLS: u32 = 5;
     pub const INFO: u32 = 6;
     pub const GO: u32 = 7;
     pub const STRUCTURED_REPLY: u32 = 8;
@@ -38,6 +39,7 @@ pub mod reply {
     pub const ERR_UNSUP: u32 = 1 << 31 | 1;
     pub const ERR_POLICY: u32 = 1 << 31 | 2;
     pub const ERR_INVALID: u32 = 1 << 31 | 3;
+    pub const ERR_TLS_REQD: u32 = 1 << 31 | 5;
     pub const ERR_UNKNOWN: u32 = 1 << 31 | 6;
     pub const ERR_TOO_BIG: u32 = 1 << 31 | 9;
     pub const ERR_EXT_HEADER_REQD: u32 = 1 << 31 | 10;
@@ -259,13 +261,22 @@ pub fn option_reply(option: u32, reply: u32, len: usize) -> [u8; 20] {
     bytes
 }
 
-/// The export's name in the data of INFO and GO; `None`: malformed. What information the client
-/// asks for is not looked at: it gets all that there is.
-pub fn parse_go(data: &[u8]) -> Option<&[u8]> {
+/// The information that an INFO or GO asks for: a list of numbers of 2 bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Asked<'a>(&'a [u8]);
+
+impl Asked<'_> {
+    pub fn has(self, info: u16) -> bool {
+        self.0.chunks_exact(2).any(|number| number == info.to_be_bytes())
+    }
+}
+
+/// The export's name and what is asked of it, in the data of INFO and GO; `None`: malformed.
+pub fn parse_go(data: &[u8]) -> Option<(&[u8], Asked<'_>)> {
     let mut at = Cursor(data);
     let name = at.string()?;
     let requests = usize::from(at.u16()?);
-    (at.0.len() == requests * 2).then_some(name)
+    (at.0.len() == requests * 2).then_some((name, Asked(at.0)))
 }
 
 /// The export's name and the contexts that are meant, in the data of LIST_META_CONTEXT and
@@ -323,8 +334,9 @@ mod tests {
 
     #[test]
     fn go_data_is_checked_to_the_last_byte() {
-        assert_eq!(parse_go(b"\0\0\0\x02ab\0\0"), Some(&b"ab"[..]));
-        assert_eq!(parse_go(b"\0\0\0\0\0\x01\0\x03"), Some(&b""[..]));
+        assert_eq!(parse_go(b"\0\0\0\x02ab\0\0"), Some((&b"ab"[..], Asked(b""))));
+        let (name, asked) = parse_go(b"\0\0\0\0\0\x01\0\x03").unwrap();
+        assert!(name.is_empty() && asked.has(info::BLOCK_SIZE) && !asked.has(info::NAME));
         for bad in [
             &b""[..],
             b"\0\0\0",

@@ -1,18 +1,20 @@
-//! Listeners and connections: a thread for each client, as many as the store has lanes.
+//! Connections: a thread for each, and limits on how many there are.
+//!
+//! A client costs a lane only once it has gone to an export; until then it costs two buffers and at most
+//! the handshake's time. So clients that never get there cannot keep others from their lanes.
 //!
 //! Lock order: `connections` is the only lock, held for moments and never while a socket waits.
 
-use crate::export::Exports;
-use crate::stream::Stream;
+use crate::handshake::{self, Offer};
+use crate::listen::Listener;
 use crate::wire::Wire;
-use crate::{handshake, transmission};
-use anyhow::{bail, Context, Result};
+use crate::{transmission, transport};
+use anyhow::{Context, Result};
+use socket2::Socket;
 use std::collections::HashMap;
-use std::io::ErrorKind;
-use std::net::{Shutdown, TcpListener};
-use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::fmt::Display;
+use std::net::Shutdown;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tracing::{info, warn};
@@ -22,74 +24,82 @@ const GRACE: Duration = Duration::from_secs(3);
 /// When accepting fails, for want of file descriptors say, trying at once would only spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+/// What clients may take of a server.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    pub connections: usize,
+    /// How long an export's client may neither send nor take anything; `None`: for ever.
+    pub idle_time: Option<Duration>,
+}
+
+const REFUSALS_TOLD_EVERY: Duration = Duration::from_secs(1);
+
 #[derive(Clone)]
 pub struct Server(Arc<Shared>);
 
 struct Shared {
-    exports: Exports,
-    max_connections: usize,
+    offer: Offer,
+    limits: Limits,
     connections: Mutex<Connections>,
     one_left: Condvar,
 }
 
 #[derive(Default)]
 struct Connections {
-    open: HashMap<u64, Stream>,
+    open: HashMap<u64, Socket>,
     next: u64,
     ending: bool,
+    /// Refused since that was last told, and when that was.
+    refused: u64,
+    told: Option<Instant>,
+}
+
+impl Connections {
+    fn refuse(&mut self, why: &dyn Display) {
+        self.refused += 1;
+        // A storm of clients is not to be one of log lines.
+        if self.told.is_none_or(|told| told.elapsed() >= REFUSALS_TOLD_EVERY) {
+            warn!("refused {} client(s): {why}", std::mem::take(&mut self.refused));
+            self.told = Some(Instant::now());
+        }
+    }
 }
 
 impl Server {
-    pub fn new(exports: Exports, max_connections: usize) -> Server {
-        let connections = Mutex::default();
-        Server(Arc::new(Shared { exports, max_connections, connections, one_left: Condvar::new() }))
+    pub fn new(offer: Offer, limits: Limits) -> Server {
+        Server(Arc::new(Shared { offer, limits, connections: Mutex::default(), one_left: Condvar::new() }))
     }
 
-    pub fn listen_unix(&self, path: &Path) -> Result<SocketFile> {
-        remove_stale(path)?;
-        let listener = UnixListener::bind(path).with_context(|| format!("cannot listen at {}", path.display()))?;
-        let file = SocketFile(path.to_path_buf());
-        self.accept_on("accept-unix", move || Ok(Stream::Unix(listener.accept()?.0)))?;
-        Ok(file)
-    }
-
-    pub fn listen_tcp(&self, address: &str) -> Result<()> {
-        let listener = TcpListener::bind(address).with_context(|| format!("cannot listen at {address}"))?;
-        self.accept_on("accept-tcp", move || {
-            let socket = listener.accept()?.0;
-            // A reply must not wait for the acknowledgement of the one before.
-            socket.set_nodelay(true)?;
-            Ok(Stream::Tcp(socket))
-        })
-    }
-
-    fn accept_on(&self, name: &str, accept: impl Fn() -> std::io::Result<Stream> + Send + 'static) -> Result<()> {
+    /// Serves whoever connects, for as long as the process lives.
+    pub fn accept_on(&self, listener: &Listener) -> Result<()> {
         let server = self.clone();
+        let socket = listener.socket.try_clone().context("cannot accept clients")?;
         let accepting = move || loop {
-            match accept() {
-                Ok(stream) => server.admit(stream),
+            match socket.accept().and_then(|(socket, _)| transport::prepare(&socket).map(|()| socket)) {
+                Ok(socket) => server.admit(socket),
                 Err(error) => {
                     warn!("cannot accept: {error}");
                     std::thread::sleep(ACCEPT_PAUSE);
                 }
             }
         };
-        std::thread::Builder::new().name(name.into()).spawn(accepting).context("cannot start a thread")?;
+        std::thread::Builder::new().name("nbd-accept".into()).spawn(accepting).context("cannot start a thread")?;
+        info!("serving at {}", listener.name);
         Ok(())
     }
 
-    fn admit(&self, stream: Stream) {
+    fn admit(&self, socket: Socket) {
         let mut connections = self.connections();
         if connections.ending {
             return;
         }
-        if connections.open.len() >= self.0.max_connections {
-            warn!("refused a client: all {} connections are in use", self.0.max_connections);
-            return;
+        if connections.open.len() >= self.0.limits.connections {
+            let why = format_args!("all {} connections are in use", self.0.limits.connections);
+            return connections.refuse(&why);
         }
-        let second = match stream.try_clone() {
+        let second = match socket.try_clone() {
             Ok(second) => second,
-            Err(error) => return warn!("refused a client: {error}"),
+            Err(error) => return connections.refuse(&error),
         };
         let number = connections.next;
         connections.next += 1;
@@ -97,11 +107,11 @@ impl Server {
         drop(connections);
         let server = self.clone();
         let serving = move || {
-            server.serve(number, stream);
+            server.serve(number, socket);
             server.forget(number);
         };
         if let Err(error) = std::thread::Builder::new().name(format!("nbd-{number}")).spawn(serving) {
-            warn!("refused a client: {error}");
+            self.connections().refuse(&error);
             self.forget(number);
         }
     }
@@ -111,15 +121,18 @@ impl Server {
         self.0.one_left.notify_all();
     }
 
-    fn serve(&self, number: u64, stream: Stream) {
-        let mut wire = Wire::new(stream);
-        let chosen = match handshake::negotiate(&mut wire, &self.0.exports) {
+    fn serve(&self, number: u64, socket: Socket) {
+        let mut wire = Wire::new(Box::new(socket));
+        let chosen = match handshake::negotiate(&mut wire, &self.0.offer) {
             Ok(Some(chosen)) => chosen,
-            Ok(None) => return,
+            // What it does with its end does not matter any more.
+            Ok(None) => return drop(wire.close()),
             Err(error) => return info!(connection = number, "handshake: {error}"),
         };
-        info!(connection = number, export = chosen.export.name, "client connected");
-        match transmission::serve(&mut wire, *chosen) {
+        info!(connection = number, export = chosen.export.name, client = chosen.client.first(), "client connected");
+        let served = wire.set_idle_time(self.0.limits.idle_time).and_then(|()| transmission::serve(&mut wire, *chosen));
+        // Its lane is free by now, so that it may take its time.
+        match served.and_then(|()| wire.close()) {
             Ok(()) => info!(connection = number, "client left"),
             Err(error) => warn!(connection = number, "client lost: {error}"),
         }
@@ -130,9 +143,9 @@ impl Server {
         let deadline = Instant::now() + GRACE;
         let mut connections = self.connections();
         connections.ending = true;
-        for stream in connections.open.values() {
+        for socket in connections.open.values() {
             // A client that is gone already needs no shutdown.
-            let _ = stream.shutdown(Shutdown::Read);
+            let _ = socket.shutdown(Shutdown::Read);
         }
         while !connections.open.is_empty() {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -144,33 +157,13 @@ impl Server {
         }
     }
 
+    /// Writes that waited for room and were refused, of all exports.
+    pub fn refused_writes(&self) -> u64 {
+        self.0.offer.exports.all().iter().map(|export| export.refused_writes.load(Ordering::Relaxed)).sum()
+    }
+
     fn connections(&self) -> MutexGuard<'_, Connections> {
         // No step under the lock leaves the map half changed.
         self.0.connections.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Removes the socket's name when dropped.
-pub struct SocketFile(PathBuf);
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        // Somebody may have removed it before us; either way it is gone.
-        let _ = std::fs::remove_file(&self.0);
-    }
-}
-
-/// Removes a socket that nobody listens at; anything else at the path is not ours to remove.
-fn remove_stale(path: &Path) -> Result<()> {
-    let Ok(metadata) = std::fs::symlink_metadata(path) else { return Ok(()) };
-    if !metadata.file_type().is_socket() {
-        bail!("{} exists and is not a socket", path.display());
-    }
-    match UnixStream::connect(path) {
-        Ok(_) => bail!("another server listens at {}", path.display()),
-        Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
-            std::fs::remove_file(path).with_context(|| format!("cannot remove the stale socket {}", path.display()))
-        }
-        Err(error) => Err(error).with_context(|| format!("cannot tell whether {} is in use", path.display())),
     }
 }

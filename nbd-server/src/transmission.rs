@@ -1,17 +1,20 @@
-//! Requests of one client, in order, through one lane.
+//! Requests of one client, through one lane: in order, but for writes that wait for room (`parked`).
 //!
 //! A request's data passes in slices, so a connection's memory does not depend on what is asked.
 //! A simple reply has its error in front of its data: a read that fails after its first slice has
 //! gone can only be told by hanging up. A structured one tells it, and where, in a chunk of its own.
 
+use crate::export::Export;
 use crate::handshake::Chosen;
+use crate::parked::Parked;
 use crate::proto::{
     chunk, errno, simple_reply, Chunk, Command, Context, Form, Request, EXTENDED_REQUEST_BYTES, FLAG_DF,
     FLAG_FAST_ZERO, FLAG_FUA, FLAG_NO_HOLE, FLAG_PAYLOAD_LEN, FLAG_REQ_ONE, MAX_PAYLOAD_BYTES, REQUEST_BYTES,
 };
 use crate::wire::{Wire, SLICE_BYTES};
-use ghostswap::{Error, Lane, PageKind};
+use ghostswap::{Error, Lane, PageKind, PAGE_BYTES};
 use std::io::{self, ErrorKind};
+use std::sync::atomic::Ordering;
 
 /// Most extents told of a context at once: 16 KiB of reply for 28 bytes of request.
 const MAX_EXTENTS: usize = 2048;
@@ -35,49 +38,142 @@ pub fn serve(wire: &mut Wire, chosen: Chosen<'_>) -> io::Result<()> {
         form: chosen.form,
         contexts: chosen.contexts,
     };
-    let mut lane = chosen.lane;
-    while !wire.at_end()? {
+    let mut session = Session { wire, lane: chosen.lane, export: chosen.export, terms, parked: Parked::default() };
+    while session.next_is_there()? {
         let bytes = if terms.form == Form::Extended { EXTENDED_REQUEST_BYTES } else { REQUEST_BYTES };
-        let Some(request) = Request::parse(wire.take(bytes)?, terms.form) else {
-            return hang_up(wire, "a request without its magic");
+        let Some(request) = Request::parse(session.wire.take(bytes)?, terms.form) else {
+            return hang_up(session.wire, "a request without its magic");
         };
-        let checked = check(&request, &terms);
-        let result = match (request.command, checked) {
-            (Command::Disconnect, _) => break,
+        if request.command == Command::Disconnect {
+            break;
+        }
+        session.answer(&request)?;
+    }
+    session.answer_all_parked()?;
+    wire.send()
+}
+
+struct Session<'a> {
+    wire: &'a mut Wire,
+    lane: Lane,
+    export: &'a Export,
+    terms: Terms,
+    parked: Parked,
+}
+
+impl Session<'_> {
+    /// Waits for the next request, and meanwhile for room for what is parked. False: the client has left.
+    fn next_is_there(&mut self) -> io::Result<bool> {
+        while !self.parked.is_empty() {
+            self.answer_parked()?;
+            if self.wire.has_input(Parked::NAP)? {
+                break;
+            }
+        }
+        self.wire.at_end().map(|at_end| !at_end)
+    }
+
+    fn answer(&mut self, request: &Request) -> io::Result<()> {
+        let Session { wire, lane, terms, .. } = self;
+        let result = match (request.command, check(request, terms)) {
             (Command::Read, Ok(())) if terms.form != Form::Simple => {
-                read_in_chunks(wire, &mut lane, &request, terms.form)?;
-                continue;
+                return read_in_chunks(wire, lane, request, terms.form);
             }
-            (Command::Read, Ok(())) => {
-                read(wire, &mut lane, &request)?;
-                continue;
-            }
-            (Command::BlockStatus, Ok(())) => {
-                block_status(wire, &mut lane, &request, &terms)?;
-                continue;
-            }
-            (Command::Write, Ok(())) => write(wire, &mut lane, &request)?,
-            (_, Err(errno)) if has_payload(&request, terms.form) => {
+            (Command::Read, Ok(())) => return read(wire, lane, request),
+            (Command::BlockStatus, Ok(())) => return block_status(wire, lane, request, terms),
+            (Command::Write, Ok(())) => match self.write(request)? {
+                Some(result) => result,
+                None => return Ok(()),
+            },
+            (_, Err(errno)) if has_payload(request, terms.form) => {
                 if request.len > MAX_SKIPPED_BYTES {
                     return hang_up(wire, "more data than can be");
                 }
                 wire.skip(request.len as usize)?;
                 Err(errno)
             }
-            (_, checked) => checked.and_then(|()| without_data(&mut lane, &request)),
+            (_, checked) => checked.and_then(|()| without_data(lane, request)),
         };
-        let in_chunks = match terms.form {
+        self.reply(request, result)
+    }
+
+    /// All but READ and BLOCK_STATUS have no more to tell than whether it went well.
+    fn reply(&mut self, request: &Request, result: Result<(), u32>) -> io::Result<()> {
+        let form = self.terms.form;
+        let in_chunks = match form {
             Form::Simple => false,
             Form::Structured => matches!(request.command, Command::Read | Command::BlockStatus),
             Form::Extended => true,
         };
         match result {
-            Err(errno) if in_chunks => wire.put(&Chunk::error(&request, terms.form, errno, None))?,
-            Ok(()) if in_chunks => wire.put(&Chunk::new(&request, terms.form, true, chunk::NONE, &[], 0))?,
-            _ => wire.put(&simple_reply(result.err().unwrap_or(0), request.cookie))?,
+            Err(errno) if in_chunks => self.wire.put(&Chunk::error(request, form, errno, None)),
+            Ok(()) if in_chunks => self.wire.put(&Chunk::new(request, form, true, chunk::NONE, &[], 0)),
+            _ => self.wire.put(&simple_reply(result.err().unwrap_or(0), request.cookie)),
         }
     }
-    wire.send()
+
+    /// The outer result is the connection's, the inner one the request's; `None`: it waits for room.
+    fn write(&mut self, request: &Request) -> io::Result<Option<Result<(), u32>>> {
+        let mut offset = request.offset;
+        let mut left = request.len as usize;
+        while !self.parked.is_empty() && !self.parked.has_room(left) {
+            self.answer_parked()?;
+            self.wire.send()?;
+            std::thread::sleep(Parked::NAP);
+        }
+        while left > 0 {
+            let part = left.min(SLICE_BYTES);
+            let data = self.wire.take(part)?;
+            // What came first has the first claim to room.
+            let tried = if self.parked.is_empty() { self.lane.try_write(offset, data) } else { Ok(0) };
+            let written = match tried {
+                Ok(done) if done < part && self.parked.has_room(left - done) => {
+                    let mut rest = Vec::with_capacity(left - done);
+                    rest.extend_from_slice(&data[done..]);
+                    while rest.len() < left - done {
+                        rest.extend_from_slice(self.wire.take((left - done - rest.len()).min(SLICE_BYTES))?);
+                    }
+                    self.parked.push(*request, offset + done as u64, rest);
+                    return Ok(None);
+                }
+                // Too large to be put aside: the connection waits with it.
+                Ok(done) => self.lane.write(offset + done as u64, &data[done..]),
+                Err(error) => Err(error),
+            };
+            offset += part as u64;
+            left -= part;
+            if let Err(error) = written {
+                self.wire.skip(left)?;
+                return Ok(Some(Err(errno_of(&error))));
+            }
+        }
+        Ok(Some(flush_if_asked(&mut self.lane, request)))
+    }
+
+    /// Of those that are parked, answers what can be answered now.
+    fn answer_parked(&mut self) -> io::Result<()> {
+        while let Some((request, ended)) = self.parked.retry(&mut self.lane) {
+            if matches!(ended, Err(Error::NoSpace)) {
+                self.export.refused_writes.fetch_add(1, Ordering::Relaxed);
+            }
+            let result = ended.map_err(|error| errno_of(&error));
+            let result = result.and_then(|()| flush_if_asked(&mut self.lane, &request));
+            self.reply(&request, result)?;
+        }
+        Ok(())
+    }
+
+    /// Whoever leaves in order is answered first.
+    fn answer_all_parked(&mut self) -> io::Result<()> {
+        loop {
+            self.answer_parked()?;
+            if self.parked.is_empty() {
+                return Ok(());
+            }
+            self.wire.send()?;
+            std::thread::sleep(Parked::NAP);
+        }
+    }
 }
 
 /// Tells what was answered so far, and nothing more.
@@ -150,6 +246,8 @@ fn read_in_chunks(wire: &mut Wire, lane: &mut Lane, request: &Request, form: For
     if request.flags & FLAG_DF != 0 && request.len as usize > SLICE_BYTES {
         return wire.put(&Chunk::error(request, form, errno::OVERFLOW, None));
     }
+    // The slices before it have gone, and hold.
+    let failed = |error: &Error, from: u64| Chunk::error(request, form, errno_of(error), Some(place_of(error, from)));
     let mut offset = request.offset;
     let mut left = request.len as usize;
     while left > 0 {
@@ -157,7 +255,7 @@ fn read_in_chunks(wire: &mut Wire, lane: &mut Lane, request: &Request, form: For
         let done = part == left;
         let is_zeros = match reads_as_zeros(lane, offset, part as u64) {
             Ok(is_zeros) => is_zeros,
-            Err(error) => return wire.put(&Chunk::error(request, form, errno_of(&error), Some(offset))),
+            Err(error) => return wire.put(&failed(&error, offset)),
         };
         let place = offset.to_be_bytes();
         if is_zeros {
@@ -166,7 +264,7 @@ fn read_in_chunks(wire: &mut Wire, lane: &mut Lane, request: &Request, form: For
         } else {
             let head = Chunk::new(request, form, done, chunk::OFFSET_DATA, &[&place], part);
             if let Err(error) = wire.put_filled(&head, part, |data| lane.read(offset, data))? {
-                return wire.put(&Chunk::error(request, form, errno_of(&error), Some(offset)));
+                return wire.put(&failed(&error, offset));
             }
         }
         offset += part as u64;
@@ -233,23 +331,6 @@ fn extents(lane: &mut Lane, request: &Request, context: Context, most: usize) ->
     Ok(extents)
 }
 
-/// The outer result is the connection's, the inner one the request's.
-fn write(wire: &mut Wire, lane: &mut Lane, request: &Request) -> io::Result<Result<(), u32>> {
-    let mut offset = request.offset;
-    let mut left = request.len as usize;
-    while left > 0 {
-        let part = left.min(SLICE_BYTES);
-        let written = lane.write(offset, wire.take(part)?);
-        offset += part as u64;
-        left -= part;
-        if let Err(error) = written {
-            wire.skip(left)?;
-            return Ok(Err(errno_of(&error)));
-        }
-    }
-    Ok(flush_if_asked(lane, request))
-}
-
 fn without_data(lane: &mut Lane, request: &Request) -> Result<(), u32> {
     let len = request.len;
     match request.command {
@@ -269,6 +350,15 @@ fn flush_if_asked(lane: &mut Lane, request: &Request) -> Result<(), u32> {
         return Ok(());
     }
     lane.flush().map_err(|error| errno_of(&error))
+}
+
+/// Where in what was read from `from` on an error lies.
+fn place_of(error: &Error, from: u64) -> u64 {
+    match error {
+        // The page may begin before what was asked for.
+        Error::Lost { page } | Error::Corrupt { page, .. } => from.max(u64::from(*page) * PAGE_BYTES as u64),
+        _ => from,
+    }
 }
 
 /// The one place where the store's errors become the protocol's.

@@ -1,53 +1,80 @@
-//! Buffered bytes of one connection: two fixed buffers, nothing allocated after `new`.
+//! Buffered bytes of one connection, plain or in TLS: two fixed buffers, and what rustls keeps of one record.
 //!
 //! Replies collect in `out` and go to the socket when it is full or when the next request must be
 //! waited for; so a burst of pipelined requests costs one read and one write. No reply can be held
 //! back while we wait: `fill` is the only place that reads, and it sends first.
+//!
+//! Nothing that came before TLS is taken for what comes in it: whoever sends on before the handshake
+//! is hung up on.
 
-use crate::stream::Stream;
+use crate::transport::Transport;
+use rustls::{ServerConfig, ServerConnection};
 use std::io::{Error, ErrorKind, Read, Result, Write};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Most bytes of data handled at a time, whatever a request's length.
 pub const SLICE_BYTES: usize = 256 << 10;
 /// Room for headers beside a slice.
 const HEADER_ROOM_BYTES: usize = 4096;
+/// For a client to close its end, once all has been said.
+const GOODBYE_TIME: Duration = Duration::from_secs(1);
 const BUFFER_BYTES: usize = SLICE_BYTES + HEADER_ROOM_BYTES;
 
 pub struct Wire {
-    stream: Stream,
+    link: Link,
     input: Vec<u8>,
     start: usize,
     end: usize,
     out: Vec<u8>,
-    deadline: Option<Instant>,
+    out_end: usize,
+}
+
+/// The transport, and what is between it and the buffers.
+struct Link {
+    transport: Box<dyn Transport>,
+    tls: Option<Box<ServerConnection>>,
+    limit: Limit,
+}
+
+/// How long may be waited.
+#[derive(Clone, Copy)]
+enum Limit {
+    /// All waiting together must end by then.
+    By(Instant),
+    /// For each read or write that brings nothing; `None`: for ever.
+    Each(Option<Duration>),
 }
 
 impl Wire {
-    pub fn new(stream: Stream) -> Wire {
+    pub fn new(transport: Box<dyn Transport>) -> Wire {
         Wire {
-            stream,
+            link: Link { transport, tls: None, limit: Limit::Each(None) },
             input: vec![0; BUFFER_BYTES],
             start: 0,
             end: 0,
-            out: Vec::with_capacity(BUFFER_BYTES),
-            deadline: None,
+            out: vec![0; BUFFER_BYTES],
+            out_end: 0,
         }
     }
 
-    /// From now on all waiting together must end by then; `None`: wait for ever.
-    pub fn set_deadline(&mut self, deadline: Option<Instant>) -> Result<()> {
-        self.deadline = deadline;
-        self.apply_deadline()
+    /// From now on all waiting together must end by then.
+    pub fn set_deadline(&mut self, deadline: Instant) -> Result<()> {
+        self.link.set_limit(Limit::By(deadline))
     }
 
-    fn apply_deadline(&self) -> Result<()> {
-        let Some(deadline) = self.deadline else { return self.stream.set_timeout(None) };
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left < Duration::from_millis(1) {
-            return Err(Error::new(ErrorKind::TimedOut, "the handshake took too long"));
+    /// From now on no single wait may be longer; `None`: it may take for ever.
+    pub fn set_idle_time(&mut self, time: Option<Duration>) -> Result<()> {
+        self.link.set_limit(Limit::Each(time))
+    }
+
+    /// What was put goes out plain; whatever is taken and put from now on is in TLS.
+    pub fn start_tls(&mut self, config: Arc<ServerConfig>) -> Result<&ServerConnection> {
+        self.send()?;
+        if self.start != self.end {
+            return Err(Error::new(ErrorKind::InvalidData, "bytes between STARTTLS and its answer"));
         }
-        self.stream.set_timeout(Some(left))
+        self.link.start_tls(config)
     }
 
     /// The next `len` bytes, `SLICE_BYTES` at most.
@@ -74,6 +101,15 @@ impl Wire {
         }
     }
 
+    /// Whether there is something to take, after at most `time`. Like all waiting it sends first.
+    pub fn has_input(&mut self, time: Duration) -> Result<bool> {
+        if self.start != self.end {
+            return Ok(true);
+        }
+        self.send()?;
+        self.link.has_input(time)
+    }
+
     /// Throws away the next `len` bytes.
     pub fn skip(&mut self, mut len: usize) -> Result<()> {
         while len > 0 {
@@ -96,14 +132,9 @@ impl Wire {
             self.start = 0;
         }
         while self.end - self.start < len {
-            if self.deadline.is_some() {
-                self.apply_deadline()?;
-            }
-            match self.stream.read(&mut self.input[self.end..]) {
-                Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
-                Ok(read) => self.end += read,
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+            match self.link.read(&mut self.input[self.end..])? {
+                0 => return Err(ErrorKind::UnexpectedEof.into()),
+                read => self.end += read,
             }
         }
         Ok(())
@@ -112,12 +143,13 @@ impl Wire {
     /// Queues `bytes`.
     pub fn put(&mut self, bytes: &[u8]) -> Result<()> {
         self.make_room(bytes.len())?;
-        self.out.extend_from_slice(bytes);
+        self.out[self.out_end..self.out_end + bytes.len()].copy_from_slice(bytes);
+        self.out_end += bytes.len();
         Ok(())
     }
 
     /// Queues `head` and after it `len` bytes that `fill` writes; when `fill` fails, nothing is
-    /// queued and its error is the inner result.
+    /// queued and its error is the inner result. `fill` finds old bytes there and is to write all.
     pub fn put_filled<E>(
         &mut self,
         head: &[u8],
@@ -125,20 +157,18 @@ impl Wire {
         fill: impl FnOnce(&mut [u8]) -> std::result::Result<(), E>,
     ) -> Result<std::result::Result<(), E>> {
         self.make_room(head.len() + len)?;
-        let before = self.out.len();
-        self.out.extend_from_slice(head);
-        let data = self.out.len();
-        self.out.resize(data + len, 0);
-        let filled = fill(&mut self.out[data..]);
-        if filled.is_err() {
-            self.out.truncate(before);
+        let data = self.out_end + head.len();
+        self.out[self.out_end..data].copy_from_slice(head);
+        let filled = fill(&mut self.out[data..data + len]);
+        if filled.is_ok() {
+            self.out_end = data + len;
         }
         Ok(filled)
     }
 
     fn make_room(&mut self, len: usize) -> Result<()> {
         assert!(len <= BUFFER_BYTES, "callers cut data into slices");
-        if self.out.len() + len > BUFFER_BYTES {
+        if self.out_end + len > BUFFER_BYTES {
             self.send()?;
         }
         Ok(())
@@ -146,10 +176,153 @@ impl Wire {
 
     /// Sends all that is queued.
     pub fn send(&mut self) -> Result<()> {
-        if !self.out.is_empty() {
-            self.stream.write_all(&self.out)?;
-            self.out.clear();
+        let len = std::mem::take(&mut self.out_end);
+        self.link.write_all(&self.out[..len])
+    }
+
+    /// Sends all that is queued, says that nothing more comes, and gives the client a moment to close first:
+    /// over vsock it would not see an end otherwise but an error, over TCP one if it had sent more.
+    pub fn close(&mut self) -> Result<()> {
+        self.set_deadline(Instant::now() + GOODBYE_TIME)?;
+        self.send()?;
+        self.link.finish()?;
+        // Neither what it still says nor how it ends matters.
+        while matches!(self.link.transport.read(&mut self.input), Ok(1..)) && self.link.before_wait().is_ok() {}
+        Ok(())
+    }
+}
+
+impl Link {
+    fn set_limit(&mut self, limit: Limit) -> Result<()> {
+        self.limit = limit;
+        match limit {
+            Limit::By(_) => self.before_wait(),
+            Limit::Each(time) => self.transport.set_timeout(time),
+        }
+    }
+
+    /// Before each read or write that may wait.
+    fn before_wait(&self) -> Result<()> {
+        let Limit::By(deadline) = self.limit else { return Ok(()) };
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left < Duration::from_millis(1) {
+            return Err(Error::new(ErrorKind::TimedOut, "time is over"));
+        }
+        self.transport.set_timeout(Some(left))
+    }
+
+    fn start_tls(&mut self, config: Arc<ServerConfig>) -> Result<&ServerConnection> {
+        self.tls = Some(Box::new(ServerConnection::new(config).map_err(Error::other)?));
+        while self.tls.as_ref().is_some_and(|tls| tls.is_handshaking()) {
+            self.receive_tls()?;
+        }
+        Ok(self.tls.as_deref().expect("set above"))
+    }
+
+    fn has_input(&mut self, time: Duration) -> Result<bool> {
+        if let Some(tls) = &mut self.tls {
+            // Bytes that have left the socket but not rustls.
+            let state = tls.process_new_packets().map_err(Error::other)?;
+            if state.plaintext_bytes_to_read() > 0 {
+                return Ok(true);
+            }
+        }
+        let has_input = self.transport.has_input(time);
+        self.set_limit(self.limit)?;
+        has_input
+    }
+
+    /// 0: the peer has closed.
+    fn read(&mut self, into: &mut [u8]) -> Result<usize> {
+        loop {
+            let Some(tls) = &mut self.tls else {
+                self.before_wait()?;
+                match self.transport.read(into) {
+                    Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                    read => return read.map_err(waited_too_long),
+                }
+            };
+            match tls.reader().read(into) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => self.receive_tls()?,
+                read => return read,
+            }
+        }
+    }
+
+    fn write_all(&mut self, mut bytes: &[u8]) -> Result<()> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        self.before_wait()?;
+        while !bytes.is_empty() {
+            match &mut self.tls {
+                None => match self.transport.write(bytes) {
+                    Ok(0) => return Err(ErrorKind::WriteZero.into()),
+                    Ok(written) => bytes = &bytes[written..],
+                    Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                    Err(error) => return Err(waited_too_long(error)),
+                },
+                Some(tls) => {
+                    let taken = tls.writer().write(bytes)?;
+                    bytes = &bytes[taken..];
+                    self.send_tls()?;
+                }
+            }
         }
         Ok(())
+    }
+
+    /// Takes in what is there of TLS records, and answers what they ask for.
+    fn receive_tls(&mut self) -> Result<()> {
+        self.send_tls()?;
+        self.before_wait()?;
+        let Some(tls) = &mut self.tls else { return Ok(()) };
+        match tls.read_tls(&mut self.transport) {
+            // The handshake is not over; the reader would not tell.
+            Ok(0) if tls.is_handshaking() => return Err(ErrorKind::UnexpectedEof.into()),
+            Ok(_) => {}
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(waited_too_long(error)),
+        }
+        if let Err(error) = tls.process_new_packets() {
+            // The alert tells the client why; whether it still listens does not matter.
+            let _ = self.send_tls();
+            return Err(Error::new(ErrorKind::InvalidData, format!("TLS: {error}")));
+        }
+        self.send_tls()
+    }
+
+    fn send_tls(&mut self) -> Result<()> {
+        let Some(tls) = &mut self.tls else { return Ok(()) };
+        while tls.wants_write() {
+            match tls.write_tls(&mut self.transport) {
+                Ok(_) => {}
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(waited_too_long(error)),
+            }
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        if let Some(tls) = &mut self.tls {
+            tls.send_close_notify();
+        }
+        self.send_tls()?;
+        match self.transport.finish() {
+            // It has closed already.
+            Err(error) if error.kind() == ErrorKind::NotConnected => Ok(()),
+            finished => finished,
+        }
+    }
+}
+
+/// A socket's own word for it is that the resource is temporarily unavailable.
+fn waited_too_long(error: Error) -> Error {
+    match error.kind() {
+        ErrorKind::WouldBlock | ErrorKind::TimedOut => {
+            Error::new(ErrorKind::TimedOut, "waited too long for the client")
+        }
+        _ => error,
     }
 }

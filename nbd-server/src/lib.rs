@@ -1,0 +1,20 @@
+//! The NBD server without its command line: what `ghostswap-nbd`, its tests and its fuzz targets share.
+//!
+//! A connection's way: `listen` accepts it, `server` counts it and gives it a thread, `handshake` agrees
+//! on an export and a form of messages, `transmission` answers requests through one `Lane`. Below them
+//! `wire` buffers bytes, in TLS or plain, over any `transport`; `proto` alone knows the layout of messages.
+#![forbid(unsafe_code)]
+// Its callers are in this package; what a reader needs is told by the files themselves.
+#![allow(missing_docs)]
+
+pub mod conversation;
+pub mod export;
+pub mod handshake;
+pub mod listen;
+pub mod parked;
+pub mod proto;
+pub mod server;
+pub mod tls;
+pub mod transmission;
+pub mod transport;
+pub mod wire;

@@ -1,0 +1,107 @@
+//! Where clients come in: Unix sockets, TCP, vsock, and sockets that systemd made.
+
+use anyhow::{bail, Context, Result};
+use socket2::{Domain, SockAddr, Socket, Type};
+use std::io::ErrorKind;
+use std::net::ToSocketAddrs;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+/// Clients that the kernel lets wait until they are accepted.
+const BACKLOG: i32 = 128;
+
+/// A socket that clients connect to, and what to call it.
+pub struct Listener {
+    pub socket: Socket,
+    pub name: String,
+    /// Removed when the server ends.
+    file: Option<PathBuf>,
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Some(path) = &self.file {
+            // Somebody may have removed it before us; either way it is gone.
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+pub fn unix(path: &Path) -> Result<Listener> {
+    remove_stale(path)?;
+    let place = || format!("cannot listen at {}", path.display());
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None).with_context(place)?;
+    socket.bind(&SockAddr::unix(path).with_context(place)?).with_context(place)?;
+    let listener = Listener { socket, name: format!("unix {}", path.display()), file: Some(path.to_path_buf()) };
+    listener.socket.listen(BACKLOG).with_context(place)?;
+    Ok(listener)
+}
+
+pub fn tcp(address: &str) -> Result<Listener> {
+    let place = || format!("cannot listen at {address}");
+    let mut failed = None;
+    for address in address.to_socket_addrs().with_context(place)? {
+        let bound = Socket::new(Domain::for_address(address), Type::STREAM, None).and_then(|socket| {
+            // What is left of old connections must not keep the next server out.
+            socket.set_reuse_address(true)?;
+            socket.bind(&address.into())?;
+            socket.listen(BACKLOG)?;
+            Ok(socket)
+        });
+        match bound {
+            Ok(socket) => {
+                let told = socket.local_addr().ok().and_then(|address| address.as_socket());
+                return Ok(Listener { socket, name: format!("tcp {}", told.unwrap_or(address)), file: None });
+            }
+            Err(error) => failed = Some(error),
+        }
+    }
+    match failed {
+        Some(error) => Err(error).with_context(place),
+        None => bail!("{}: it has no address", place()),
+    }
+}
+
+/// At any address that this machine has as a guest or a host of guests.
+pub fn vsock(port: u32) -> Result<Listener> {
+    // VMADDR_CID_ANY.
+    const ANY: u32 = u32::MAX;
+    let place = || format!("cannot listen at vsock port {port}");
+    let socket = Socket::new(Domain::VSOCK, Type::STREAM, None).with_context(place)?;
+    socket.bind(&SockAddr::vsock(ANY, port)).with_context(place)?;
+    socket.listen(BACKLOG).with_context(place)?;
+    Ok(Listener { socket, name: format!("vsock port {port}"), file: None })
+}
+
+/// Those that systemd listens at for us (LISTEN_FDS). It removes what it made.
+pub fn from_systemd() -> Result<Vec<Listener>> {
+    let given = sd_listen_fds::get().context("cannot take systemd's sockets")?;
+    let taken = given.into_iter().map(|(name, descriptor)| {
+        let name = format!("systemd's socket {}", name.unwrap_or_default());
+        let socket = Socket::from(descriptor.into_std());
+        match socket.is_listener() {
+            Ok(true) if socket.r#type()? == Type::STREAM => {}
+            _ => bail!("{} is not a stream socket that listens (Accept=no is needed)", name.trim_end()),
+        }
+        // Whoever made it may have it not block; we have a thread for it that may.
+        socket.set_nonblocking(false)?;
+        Ok(Listener { socket, name, file: None })
+    });
+    taken.collect()
+}
+
+/// Removes a socket that nobody listens at; anything else at the path is not ours to remove.
+fn remove_stale(path: &Path) -> Result<()> {
+    let Ok(metadata) = std::fs::symlink_metadata(path) else { return Ok(()) };
+    if !metadata.file_type().is_socket() {
+        bail!("{} exists and is not a socket", path.display());
+    }
+    match UnixStream::connect(path) {
+        Ok(_) => bail!("another server listens at {}", path.display()),
+        Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
+            std::fs::remove_file(path).with_context(|| format!("cannot remove the stale socket {}", path.display()))
+        }
+        Err(error) => Err(error).with_context(|| format!("cannot tell whether {} is in use", path.display())),
+    }
+}
