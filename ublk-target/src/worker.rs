@@ -280,12 +280,18 @@ impl Device {
 
     fn stop(self, dev: Arc<UblkDev>) {
         tracing::info!("{} stops", self.path.display());
+        // Should this process die on the way, the supervisor has the rest done.
+        self.shared.board.stopping.store(1, Ordering::Relaxed);
+        #[cfg(feature = "crash-points")]
+        crate::crash::passed("stop-ordered");
         if let Err(e) = self.ctrl.kill_dev() {
             tracing::warn!("stop: {}", device::describe(&e));
         }
         for queue in self.queues {
             let _ = queue.thread.join();
         }
+        #[cfg(feature = "crash-points")]
+        crate::crash::passed("stop-drained");
         // The driver deletes a device once nobody has it open.
         drop(dev);
         if self.recovered {
