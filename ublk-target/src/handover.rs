@@ -22,6 +22,7 @@ use std::ffi::{CString, OsString};
 use std::fs::File;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -110,22 +111,39 @@ pub fn take_letter() -> Result<Option<Letter>> {
 }
 
 impl Letter {
-    /// Calls the program. Returns only if that cannot be done, with everything as it was.
-    pub fn send(mut self, program: &str) -> anyhow::Error {
+    /// Becomes the program. Returns only if that cannot be done, with everything as it was.
+    pub fn send(self, program: &str) -> anyhow::Error {
+        match self.with_text(|text| -> Result<()> { Err(call(program, text, None)) }) {
+            Err(why) => why,
+            Ok(()) => anyhow!("{program} came back"),
+        }
+    }
+
+    /// Starts the program as a process of its own, by the like of vfork: the memory of this one, which may
+    /// serve I/O, is not made to be copied on write. Its descriptors are open in both.
+    pub fn start(self, program: &str) -> Result<u32> {
+        let mut args = std::env::args_os();
+        let mut command = Command::new(program);
+        if let Some(own_name) = args.next() {
+            command.arg0(own_name);
+        }
+        command.args(args);
+        self.with_text(|text| {
+            let started = command.env(LETTER, text).spawn().with_context(|| format!("cannot start {program}"));
+            started.map(|process| process.id())
+        })
+    }
+
+    /// Lets a program have the letter and what it names.
+    fn with_text<T>(mut self, give: impl FnOnce(&str) -> Result<T>) -> Result<T> {
         // Opened, not named: the file may have been replaced by the new one.
-        let own = match File::open(OWN_PROGRAM) {
-            Ok(own) => own,
-            Err(e) => return anyhow!("cannot open the running program: {e}"),
-        };
+        let own = File::open(OWN_PROGRAM).context("cannot open the running program")?;
         self.program = own.as_raw_fd();
         let kept = self.kept();
         kept.iter().for_each(|fd| keep_over_exec(*fd, true));
-        let error = match serde_json::to_string(&self) {
-            Ok(text) => call(program, &text, None),
-            Err(e) => e.into(),
-        };
+        let done = serde_json::to_string(&self).map_err(Into::into).and_then(|text| give(&text));
         kept.iter().for_each(|fd| keep_over_exec(*fd, false));
-        error
+        done
     }
 
     fn kept(&self) -> Vec<RawFd> {

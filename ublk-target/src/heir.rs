@@ -7,8 +7,11 @@
 //! upgrade leaves (`handover.rs`; there: which processes there are, and what the reader does with it).
 //! No process is forked for it, so it takes little memory while the worker is alone.
 //!
-//! What it does not mend: an agent that is killed together with its supervisor. Then the worker serves
-//! on alone, and `ghostswap-ublk list` says that there is no daemon to talk to.
+//! If the agent was killed together with the supervisor, the worker itself sees to it ([`Guard`]): its main
+//! thread, which no I/O waits for, starts the program anew with the same letter. It waits for a while
+//! first, and whoever begins says so on the board, so that there are never two.
+//!
+//! What that does not mend: supervisor, agent and worker killed in the same instant.
 
 use crate::board::Shared;
 use crate::handover::{Letter, Occasion, HANDOVER_VERSION, OWN_PROGRAM};
@@ -16,15 +19,17 @@ use crate::slotfree::Source;
 use crate::supervise::pidfd;
 use crate::{protect, signals};
 use anyhow::{Context, Result};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const STACK_BYTES: usize = 128 << 10;
 /// Between two tries.
 const TRY_AGAIN: Duration = Duration::from_secs(1);
+/// How long the worker leaves it to the agent.
+const AGENT_FIRST: Duration = Duration::from_secs(3);
 const FOR_EVER: Duration = Duration::from_secs(3600);
 
 /// What the supervisor leaves, by numbers that are open in the agent as long as it lives.
@@ -54,7 +59,12 @@ impl Heritage {
             // Its successor may be needed by all others.
             protect::store_thread("heir");
             protect::first_in_line(protect::TAKE_OVER_PRIORITY);
-            self.wait_for_death();
+            wait_for_death(self.supervisor);
+            // Else the worker was first, and the agent's time is over too.
+            let (last, own) = (self.supervisor as u64, u64::from(std::process::id()));
+            if !succeeds(&shared, last, own) {
+                std::process::exit(0);
+            }
             loop {
                 let why = self.letter(id, &path, &shared).send(OWN_PROGRAM);
                 tracing::error!("the supervisor died, and its heir cannot take its place yet: {why:#}");
@@ -63,11 +73,6 @@ impl Heritage {
         };
         let thread = std::thread::Builder::new().name("gs-heir".into()).stack_size(STACK_BYTES);
         thread.spawn(body).context("cannot start the heir's thread").map(drop)
-    }
-
-    fn wait_for_death(&self) {
-        let Ok(Some(process)) = pidfd(self.supervisor) else { return };
-        while alive(self.supervisor) && !signals::poll([process.as_raw_fd()], FOR_EVER)[0] {}
     }
 
     fn letter(&self, id: u32, path: &str, shared: &Shared) -> Letter {
@@ -86,6 +91,63 @@ impl Heritage {
             returned: None,
         }
     }
+}
+
+/// What a worker knows in case that both supervisor and agent die.
+pub struct Guard {
+    heritage: Heritage,
+    device: (u32, String),
+    shared: Arc<Shared>,
+    /// What tells of the end of the supervisor with that number.
+    watched: (u64, Option<OwnedFd>),
+    dead_since: Option<Instant>,
+}
+
+impl Guard {
+    /// Of the worker that serves the device.
+    pub fn of(arena: RawFd, feed: Option<&Source>, (id, path): (u32, &Path), shared: &Arc<Shared>) -> Guard {
+        // A device that cannot be handed on has no use for a take-over, but for an agent.
+        let heritage = Heritage::of(arena, feed, true);
+        let device = (id, path.to_string_lossy().into_owned());
+        Guard { heritage, device, shared: shared.clone(), watched: (0, None), dead_since: None }
+    }
+
+    /// Looks whether there is a supervisor, and starts one if there is none for long.
+    pub fn look(&mut self) {
+        let supervisor = self.shared.board.supervisor.load(Ordering::Relaxed);
+        if self.watched.0 != supervisor {
+            self.watched = (supervisor, pidfd(supervisor as libc::pid_t).ok().flatten());
+            self.dead_since = None;
+        }
+        let lives = self.watched.1.as_ref().is_some_and(|p| !signals::poll([p.as_raw_fd()], Duration::ZERO)[0]);
+        if lives {
+            self.dead_since = None;
+            return;
+        }
+        let since = *self.dead_since.get_or_insert_with(Instant::now);
+        // The order on the board is from the dead one's number to this one's and on to the next's.
+        let own = u64::from(std::process::id());
+        if since.elapsed() < AGENT_FIRST || !(supervisor == own || succeeds(&self.shared, supervisor, own)) {
+            return;
+        }
+        self.dead_since = Some(Instant::now());
+        self.watched = (own, None);
+        let (id, path) = &self.device;
+        match self.heritage.letter(*id, path, &self.shared).start(OWN_PROGRAM) {
+            Ok(pid) => tracing::warn!("supervisor and agent died; process {pid} is to be the next supervisor"),
+            Err(e) => tracing::error!("supervisor and agent died, and there can be no other yet: {e:#}"),
+        }
+    }
+}
+
+/// Whether this one is to see to the succession: nobody else has begun.
+fn succeeds(shared: &Shared, last: u64, own: u64) -> bool {
+    shared.board.supervisor.compare_exchange(last, own, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+}
+
+fn wait_for_death(supervisor: libc::pid_t) {
+    let Ok(Some(process)) = pidfd(supervisor) else { return };
+    while alive(supervisor) && !signals::poll([process.as_raw_fd()], FOR_EVER)[0] {}
 }
 
 /// Whether the supervisor, parent of the agent, lives.

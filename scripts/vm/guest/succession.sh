@@ -1,12 +1,11 @@
 #!/bin/sh
 # In the guest: the supervisor is killed under a verifying hog larger than memory, again and again, its
-# agent becomes the next, and the worker is killed before, after and beside it; then upgrades to a program
+# agent becomes the next, and worker and agent are killed before, after and beside it; then upgrades to a program
 # that fails or dies where it is to go on; then workers that die while the device is being removed.
 # `ghostswap-crash` is scripts/build-crash's build. Status 1 if a page was wrong, nobody went on, or a
-# device was left behind. Arguments: HOG_MIB, THP (always | never), ROUNDS, [BESIDE]
-#   BESIDE: also kill supervisor and worker in the same instant
+# device was left behind. Arguments: HOG_MIB, THP (always | never), ROUNDS (a multiple of 5)
 set -eu
-hog=$1 thp=$2 rounds=$3 beside=${4:-}
+hog=$1 thp=$2 rounds=$3
 echo "$thp" > /sys/kernel/mm/transparent_hugepage/enabled
 echo "kernel $(uname -r), THP $thp, hog $hog MiB, $rounds rounds"
 rc=0
@@ -27,20 +26,19 @@ number process; supervisor=$value
 number pid; worker=$value
 done=0 workers=0
 : > /tmp/times
-kinds=3
-[ -z "$beside" ] || kinds=4
 while [ $done -lt "$rounds" ]; do
     random 4
-    sleep "$((random / 2 + 1)).$((random * 2))"
+    sleep "$((random / 2 + 2)).$((random * 2))"
     kill -0 $hogpid 2> /dev/null || { fail "the hog died"; break; }
     killed=''
-    case $((done % kinds)) in
+    case $((done % 5)) in
     0) kill -KILL "$supervisor" ;;
     1) kill -KILL "$supervisor"; hundredths; sleep 1; kill -KILL "$worker"; killed=1 ;;
     2) kill -KILL "$worker"; random 10; sleep "0.0$random"; kill -KILL "$supervisor"; killed=1 ;;
     3) kill -KILL "$supervisor" "$worker"; killed=1 ;;
+    4) kill -KILL "$supervisor" "$(pidof gs-agent)" ;;
     esac
-    [ $((done % kinds)) = 1 ] || hundredths
+    [ $((done % 5)) = 1 ] || hundredths
     began=$now waited=0 value=$supervisor
     until look && number process && [ "$value" != "$supervisor" ]; do
         waited=$((waited + 1))
