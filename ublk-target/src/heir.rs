@@ -154,3 +154,35 @@ fn wait_for_death(supervisor: libc::pid_t) {
 pub fn alive(supervisor: libc::pid_t) -> bool {
     std::os::unix::process::parent_id() == supervisor as u32
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_of_two_heirs_succeeds() {
+        let shared = Shared::new().unwrap();
+        shared.board.supervisor.store(5, Ordering::Relaxed);
+        assert!(succeeds(&shared, 5, 6));
+        assert!(!succeeds(&shared, 5, 7), "the other was first");
+        assert_eq!(shared.board.supervisor.load(Ordering::Relaxed), 6);
+    }
+
+    #[test]
+    fn a_guard_leaves_it_to_the_agent_first() {
+        let shared = Arc::new(Shared::new().unwrap());
+        let mut guard = Guard::of(0, None, (3, Path::new("/dev/ublkb3")), &shared);
+        let here = u64::from(std::process::id());
+        shared.board.supervisor.store(here, Ordering::Relaxed);
+        guard.look();
+        assert!(guard.dead_since.is_none(), "it lives");
+        // A number that no process can have.
+        shared.board.supervisor.store(1 << 30, Ordering::Relaxed);
+        guard.look();
+        assert!(guard.dead_since.is_some());
+        assert_eq!(shared.board.supervisor.load(Ordering::Relaxed), 1 << 30, "not yet its turn");
+        shared.board.supervisor.store(here, Ordering::Relaxed);
+        guard.look();
+        assert!(guard.dead_since.is_none(), "the agent was in time");
+    }
+}

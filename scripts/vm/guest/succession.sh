@@ -10,7 +10,11 @@ echo "$thp" > /sys/kernel/mm/transparent_hugepage/enabled
 echo "kernel $(uname -r), THP $thp, hog $hog MiB, $rounds rounds"
 rc=0
 fail() { echo "FAILED: $*"; rc=1; }
-look() { ghostswap-ublk status --json > /tmp/status 2> /dev/null && read -r status < /tmp/status; }
+# False: nobody answers now.
+look() {
+    ghostswap-ublk status --json > /tmp/status 2> /dev/null && read -r status < /tmp/status || return 1
+    case $status in *'"supervisor":'*) ;; *) return 1 ;; esac
+}
 number() { value=${status#*\"$1\":}; value=${value%%[,\}]*}; }
 hundredths() { read -r up _ < /proc/uptime; now=${up%.*}${up#*.}; }
 seed=${SEED:-$(($(cut -d. -f1 /proc/uptime) + $$))}
