@@ -116,7 +116,9 @@ impl Guard {
     pub fn look(&mut self) {
         let supervisor = self.shared.board.supervisor.load(Ordering::Relaxed);
         if self.watched.0 != supervisor {
-            self.watched = (supervisor, pidfd(supervisor as libc::pid_t).ok().flatten());
+            // Without memory to look it may live as well.
+            let Ok(process) = pidfd(supervisor as libc::pid_t) else { return };
+            self.watched = (supervisor, process);
             self.dead_since = None;
         }
         let lives = self.watched.1.as_ref().is_some_and(|p| !signals::poll([p.as_raw_fd()], Duration::ZERO)[0]);
@@ -145,9 +147,15 @@ fn succeeds(shared: &Shared, last: u64, own: u64) -> bool {
     shared.board.supervisor.compare_exchange(last, own, Ordering::Relaxed, Ordering::Relaxed).is_ok()
 }
 
+/// Its children are given away before a process's end is told.
 fn wait_for_death(supervisor: libc::pid_t) {
-    let Ok(Some(process)) = pidfd(supervisor) else { return };
-    while alive(supervisor) && !signals::poll([process.as_raw_fd()], FOR_EVER)[0] {}
+    let process = pidfd(supervisor).ok().flatten();
+    while alive(supervisor) {
+        match &process {
+            Some(process) => drop(signals::poll([process.as_raw_fd()], FOR_EVER)),
+            None => std::thread::sleep(TRY_AGAIN),
+        }
+    }
 }
 
 /// Whether the supervisor, parent of the agent, lives.

@@ -162,10 +162,9 @@ impl<'a> Supervisor<'a> {
             let (first, second, bell) = (standby(0), standby(1), self.shared.supervisor_bell());
             let [signal, said, first_said, second_said, ordered] =
                 signals::poll([received.as_raw_fd(), active, first, second, bell], LOOK_EVERY);
-            if said && self.stranger.take().is_some() {
-                if self.worker_ended(None)? {
-                    return Ok(());
-                }
+            let stranger_ended = said && self.stranger.is_some();
+            if stranger_ended {
+                self.stranger = Some(None);
             } else if said {
                 self.hear()?;
             }
@@ -173,6 +172,10 @@ impl<'a> Supervisor<'a> {
                 if said {
                     self.hear_standby(i);
                 }
+            }
+            // After what standbys said: which they are changes with it.
+            if stranger_ended && self.worker_ended(None)? {
+                return Ok(());
             }
             if ordered {
                 self.upgrade();
@@ -327,6 +330,7 @@ impl<'a> Supervisor<'a> {
 
     /// The active worker ended; of a stranger nobody tells how. True: as it was to.
     fn worker_ended(&mut self, status: Option<i32>) -> Result<bool> {
+        self.stranger = None;
         self.hear_last_words()?;
         if status == Some(0) {
             return Ok(true);

@@ -10,8 +10,7 @@ use crate::slotfree::Source;
 use crate::worker::{self, Setup};
 use crate::{device, protect};
 use anyhow::{Context, Result};
-use std::io::Error as OsError;
-use std::io::{BufReader, Write};
+use std::io::{BufReader, Error as OsError, ErrorKind, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -132,8 +131,12 @@ pub fn pidfd(pid: libc::pid_t) -> Result<Option<OwnedFd>> {
 /// The same of a worker that is no child of ours. One whose number another process has by now has ended.
 pub fn stranger(pid: libc::pid_t) -> Result<Option<OwnedFd>> {
     let process = pidfd(pid)?;
-    let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-    Ok(process.filter(|_| name.trim_end() == "gs-worker"))
+    match std::fs::read_to_string(format!("/proc/{pid}/comm")) {
+        Ok(name) => Ok(process.filter(|_| name.trim_end() == "gs-worker")),
+        Err(e) if e.kind() == ErrorKind::NotFound || e.raw_os_error() == Some(libc::ESRCH) => Ok(None),
+        // One that serves is not to be taken for dead because there was no memory to look.
+        Err(e) => Err(e).context("cannot see who serves"),
+    }
 }
 
 /// Kills a worker that is no child of ours: whoever has its number by now is spared.

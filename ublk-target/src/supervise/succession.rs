@@ -93,10 +93,7 @@ impl Supervisor<'_> {
             }
         }
         match &self.stranger {
-            Some(None) => {
-                self.stranger = None;
-                self.worker_ended(None)
-            }
+            Some(None) => self.worker_ended(None),
             _ => Ok(false),
         }
     }
