@@ -1,23 +1,26 @@
 //! The agent: the process of a device that may wait. It serves the control socket, writes out the
 //! log, looks at /proc, keeps the swap windows and calls for help when the store stays full: all that asks
 //! the kernel for memory, or for a page that was swapped out.
-//! It holds nothing that others wait for; if it dies, the supervisor starts another.
+//! It holds nothing that others wait for; if it dies, the supervisor starts another. If the supervisor
+//! dies, it becomes the next one (`heir.rs`).
 //!
 //! What it does not know itself it asks of the worker over the board.
 
 use crate::board::Shared;
 use crate::cli::Add;
 use crate::control::{self, Answer, Request};
+use crate::heir::{self, Heritage};
 use crate::shortage::Shortage;
 use crate::windows::{self, Keeper};
 use crate::{daemon, log, protect, signals};
 use anyhow::{Context, Result};
+use serde_json::{json, Value};
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -41,7 +44,14 @@ struct Agent {
 }
 
 /// An agent's life. `tell` hears once status can be asked.
-pub fn run(add: &Add, id: u32, path: &Path, shared: Arc<Shared>, tell: Option<UnixStream>) -> Result<()> {
+pub fn run(
+    add: &Add,
+    id: u32,
+    path: &Path,
+    shared: Arc<Shared>,
+    tell: Option<UnixStream>,
+    heritage: Heritage,
+) -> Result<()> {
     protect::as_any_other();
     protect::process()?;
     let received = signals::block(&[libc::SIGTERM, libc::SIGINT, libc::SIGHUP])?;
@@ -68,6 +78,10 @@ pub fn run(add: &Add, id: u32, path: &Path, shared: Arc<Shared>, tell: Option<Un
     writer.spawn(drain).context("cannot start the log thread")?;
     let keeper = Arc::new(Mutex::new(Keeper::new(path, shared.clone(), add.priority.into())?));
     keep_windows(&keeper)?;
+    heritage.wait(id, path, &shared)?;
+    if let Some(line) = supervision(&shared).1 {
+        tracing::warn!("{}: {line}", path.display());
+    }
     if let Some(mut tell) = tell {
         daemon::tell_live(&mut tell, path);
     }
@@ -155,6 +169,11 @@ impl Agent {
             device["swap"] = value;
             *report = format!("{lines}\n{report}");
         }
+        if let (Some(device), Some(report)) = (&mut answer.device, &mut answer.report) {
+            let (value, line) = supervision(&self.shared);
+            device["supervisor"] = value;
+            line.into_iter().for_each(|line| *report = format!("{line}\n{report}"));
+        }
         answer
     }
 
@@ -193,4 +212,19 @@ impl Agent {
         };
         self.ask_worker(text)
     }
+}
+
+/// Who supervises, for programs; and for people, if there is anything to tell of it.
+fn supervision(shared: &Shared) -> (Value, Option<String>) {
+    let count = |n: &AtomicU64| n.load(Ordering::Relaxed);
+    let (pid, lost) = (count(&shared.board.supervisor), count(&shared.board.supervisors_lost));
+    let alive = heir::alive(pid as libc::pid_t);
+    let line = match (alive, lost) {
+        (false, _) => {
+            Some(format!("supervisor {pid} died; the worker serves on, and a new supervisor is being started"))
+        }
+        (true, 0) => None,
+        (true, _) => Some(format!("supervisor {pid} took the place of one that died, {lost} so far; no page was lost")),
+    };
+    (json!({"process": pid, "alive": alive, "died": lost}), line)
 }

@@ -70,6 +70,16 @@ pub struct Board {
     upgrade_to: Letter<PATH_BYTES>,
     upgrade_error: Letter<REQUEST_BYTES>,
     log: [AtomicU8; LOG_BYTES],
+    /// The process that supervises.
+    pub supervisor: AtomicU64,
+    /// The process that serves, or was ordered to.
+    pub worker: AtomicU64,
+    /// Supervisors that died and were replaced (`heir.rs`).
+    pub supervisors_lost: AtomicU64,
+    /// A newer program was called and has not yet said that it goes on.
+    pub upgrading: AtomicU64,
+    /// The worker was told to stop the device: from here on it is to go, whoever dies.
+    pub stopping: AtomicU64,
 }
 
 /// How the device hears of freed slots.

@@ -29,8 +29,9 @@ const LINE_BYTES: u64 = 4096;
 const CLIENT_PATIENCE: Duration = Duration::from_secs(1);
 /// Stopping a device waits for its requests.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(30);
-/// How long a device without an agent may be waiting for its next.
-const AGENT_PATIENCE: Duration = Duration::from_secs(3);
+/// How long a device without an agent may be waiting for its next: the worker waits a while before it
+/// starts a supervisor, which starts the agent.
+const AGENT_PATIENCE: Duration = Duration::from_secs(10);
 
 /// A request.
 #[derive(Debug, Serialize, Deserialize, PartialEq)]

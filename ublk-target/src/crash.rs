@@ -6,10 +6,15 @@
 //! the first 24 workers die so. Each takes the next of the kinds in turn and dies at one of its
 //! points, after a random number of them from 1 to twice the one given less one. A kind is what the
 //! points' names begin with, or one of [`KINDS`]. Who has gone through recovery alive dies soon at any.
+//!
+//! And supervisors that cannot begin (`supervise/succession.rs`): a file `resume` beside the sockets has
+//! the next one that resumes by such a build fail (`fail`) or die (`die`) there; it removes the file.
 
 #![allow(unsafe_code)] // kill.
 
 use crate::board::Shared;
+use crate::control;
+use anyhow::{bail, Result};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::OnceLock;
@@ -57,8 +62,8 @@ fn choose(plan: &str, worker: u64) -> Option<(String, u64)> {
     Some((kind.to_owned(), mean.parse().ok()?))
 }
 
-/// The hook at every point.
-fn passed(name: &'static str) {
+/// The hook at every point of the store, and what the worker itself passes.
+pub fn passed(name: &'static str) {
     let begins = |all: &Vec<String>| all.iter().any(|beginning| name.starts_with(beginning.as_str()));
     if !ANY.load(Ordering::Relaxed) && !BEGINNINGS.get().is_some_and(begins) {
         return;
@@ -68,6 +73,20 @@ fn passed(name: &'static str) {
         // SAFETY: no preconditions; it does not return.
         unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
     }
+}
+
+/// A supervisor is about to go on where another left off.
+pub fn resuming() -> Result<()> {
+    let file = control::run_dir().join("resume");
+    let what = std::fs::read_to_string(&file).unwrap_or_default();
+    let _ = std::fs::remove_file(&file);
+    match what.trim() {
+        "fail" => bail!("told to fail"),
+        // SAFETY: no preconditions; it does not return.
+        "die" => unsafe { libc::kill(libc::getpid(), libc::SIGKILL) },
+        _ => 0,
+    };
+    Ok(())
 }
 
 #[cfg(test)]

@@ -91,6 +91,13 @@ pub fn watch(add: &Add, id: u32) -> Result<(UblkCtrl, Claim)> {
     Ok((built.map_err(|e| anyhow!("cannot reach ublkb{id}: {}", describe(&e)))?, Claim::new(id)?))
 }
 
+/// Removes a device that nobody serves, whatever was done of that already.
+pub fn remove(id: u32) -> Result<()> {
+    let ctrl = UblkCtrl::new_simple(id as i32).map_err(|e| anyhow!("cannot reach ublkb{id}: {}", describe(&e)))?;
+    let _ = ctrl.kill_dev();
+    ctrl.del_dev().map_err(|e| anyhow!("cannot remove ublkb{id}: {}", describe(&e))).map(drop)
+}
+
 /// libublk's errors carry negative errnos in several shapes.
 fn errno(e: &UblkError) -> i32 {
     match e {

@@ -3,8 +3,8 @@
 //! This front end translates and decides nothing: `queue` turns block requests into the store's
 //! calls, `device` and `claim` speak to the driver. Its processes: the command (`daemon`), the
 //! `supervise`r that keeps what is stored, the `worker` that serves and the one that stands by, the
-//! `agent` that answers `control` messages, keeps the swap `windows` and writes the `log`; they share the
-//! `board`. `slotfree` hears of freed swap slots. `protect` keeps them out of their own swap, `doctor` looks at the machine, `notify` and
+//! `agent` that answers `control` messages, keeps the swap `windows`, writes the `log` and is the supervisor's
+//! `heir`; they share the `board`. `slotfree` hears of freed swap slots. `protect` keeps them out of their own swap, `doctor` looks at the machine, `notify` and
 //! `unit` get along with systemd.
 //!
 //! Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong usage.
@@ -20,6 +20,7 @@ mod daemon;
 mod device;
 mod doctor;
 mod handover;
+mod heir;
 mod log;
 mod notify;
 mod protect;
@@ -38,7 +39,6 @@ use cli::{Cli, Command, SwapMode};
 use control::{Request, SwapOn};
 use daemon::Role;
 use ghostswap::config::format_size;
-use libublk::ctrl::UblkCtrl;
 use serde_json::{json, Value};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -87,7 +87,7 @@ fn wrong_usage(e: &clap::Error) -> ExitCode {
 
 fn run_add(add: &cli::Add) -> Result<()> {
     if let Some(letter) = handover::take_letter()? {
-        return supervise::resume(add, letter);
+        return supervise::resume(add, &letter);
     }
     if add.or_upgrade && unit::take_in(add)? {
         return Ok(());
@@ -237,9 +237,7 @@ fn remove(id: u32, force: bool) -> Result<()> {
         }
         None if !ours && !force => bail!("{shown} is not a ghostswap device (--force removes it all the same)"),
         None => {
-            let ctrl = UblkCtrl::new_simple(id as i32).map_err(|e| anyhow!("cannot reach {shown}: {e}"))?;
-            let _ = ctrl.kill_dev();
-            ctrl.del_dev().map_err(|e| anyhow!("cannot remove {shown}: {e}"))?;
+            device::remove(id)?;
             let _ = std::fs::remove_file(&socket);
             Ok(())
         }

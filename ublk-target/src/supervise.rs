@@ -16,16 +16,20 @@
 
 mod children;
 mod pulse;
+mod succession;
+
+pub use children::pidfd;
+pub use succession::resume;
 
 use crate::board::Shared;
 use crate::cli::Add;
 use crate::daemon;
-use crate::handover::{Letter, HANDOVER_VERSION};
+use crate::heir::Heritage;
 use crate::notify::Manager;
 use crate::slotfree::{Mode, Source};
 use crate::{agent, control, device, protect, signals};
 use anyhow::{anyhow, bail, Result};
-use children::{child, describe, kill, ready_count, reap, start, Worker};
+use children::{child, describe, kill, kill_stranger, ready_count, reap, remover, start, Worker};
 use ghostswap::Spare;
 use pulse::Pulse;
 use std::io::{BufRead, Write};
@@ -64,6 +68,8 @@ struct Supervisor<'a> {
     shared: Arc<Shared>,
     feed: Option<Source>,
     active: Worker,
+    /// It is no child of this process: what tells of its end. None in it: it has ended.
+    stranger: Option<Option<OwnedFd>>,
     /// The next to take over first.
     standbys: Vec<Worker>,
     agent: Option<libc::pid_t>,
@@ -119,29 +125,10 @@ fn begin(add: &Add) -> Result<(Supervisor<'_>, OwnedFd)> {
     Ok((supervisor, received))
 }
 
-/// Goes on where an older supervisor left off, in the same process.
-pub fn resume(add: &Add, letter: Letter) -> Result<()> {
-    let received = signals::block(&[libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGCHLD])?;
-    protect::process()?;
-    protect::first_in_line(protect::SUPERVISOR_PRIORITY);
-    let (arena, board, feed, pipe) = letter.descriptors();
-    let shared = Arc::new(Shared::of(board)?);
-    let active = Worker::new(letter.worker.0, UnixStream::from(pipe));
-    let mut supervisor = Supervisor::new(add, arena, shared, feed.map(Source::left), active);
-    supervisor.device = Some((letter.device.0, letter.device.1.into()));
-    supervisor.recoverable = true;
-    supervisor.upgrading = true;
-    supervisor.resumed = true;
-    // Of the older program; the agent's death has its successor started.
-    letter.standbys.into_iter().chain(letter.agent).for_each(|pid| kill(pid, libc::SIGKILL));
-    supervisor.agent = letter.agent;
-    let done = supervisor.watch(&received);
-    supervisor.end();
-    done
-}
-
 impl<'a> Supervisor<'a> {
     fn new(add: &'a Add, arena: OwnedFd, shared: Arc<Shared>, feed: Option<Source>, active: Worker) -> Supervisor<'a> {
+        shared.board.supervisor.store(u64::from(std::process::id()), Ordering::Relaxed);
+        shared.board.worker.store(active.pid as u64, Ordering::Relaxed);
         Supervisor {
             add,
             upgrading: false,
@@ -149,6 +136,7 @@ impl<'a> Supervisor<'a> {
             shared,
             feed,
             active,
+            stranger: None,
             standbys: Vec::with_capacity(STANDBYS),
             agent: None,
             device: None,
@@ -169,16 +157,25 @@ impl<'a> Supervisor<'a> {
         loop {
             let fd = |w: &Worker| w.pipe.get_ref().as_raw_fd();
             let standby = |i: usize| self.standbys.get(i).map_or(-1, fd);
+            // A stranger's pipe has ended long ago; its process has not.
+            let active = self.stranger.as_ref().map_or(fd(&self.active), |s| s.as_ref().map_or(-1, OwnedFd::as_raw_fd));
             let (first, second, bell) = (standby(0), standby(1), self.shared.supervisor_bell());
             let [signal, said, first_said, second_said, ordered] =
-                signals::poll([received.as_raw_fd(), fd(&self.active), first, second, bell], LOOK_EVERY);
-            if said {
+                signals::poll([received.as_raw_fd(), active, first, second, bell], LOOK_EVERY);
+            let stranger_ended = said && self.stranger.is_some();
+            if stranger_ended {
+                self.stranger = Some(None);
+            } else if said {
                 self.hear()?;
             }
             for (i, said) in [first_said, second_said].into_iter().enumerate() {
                 if said {
                     self.hear_standby(i);
                 }
+            }
+            // After what standbys said: which they are changes with it.
+            if stranger_ended && self.worker_ended(None)? {
+                return Ok(());
             }
             if ordered {
                 self.upgrade();
@@ -194,18 +191,16 @@ impl<'a> Supervisor<'a> {
                         self.agent.into_iter().for_each(|agent| kill(agent, libc::SIGTERM));
                     }
                     (Some(_), None) => {
-                        kill(self.active.pid, libc::SIGKILL);
+                        self.kill_active();
                         return Ok(());
                     }
                 }
             }
             while let Some((pid, status)) = reap() {
                 if pid == self.active.pid {
-                    self.hear_last_words()?;
-                    if status == 0 {
+                    if self.worker_ended(Some(status))? {
                         return Ok(());
                     }
-                    self.take_over(&describe(status))?;
                 } else if self.agent == Some(pid) {
                     self.agent = None;
                 } else if let Some(i) = self.standbys.iter().position(|s| s.pid == pid) {
@@ -273,7 +268,7 @@ impl<'a> Supervisor<'a> {
                 None => {
                     standby.ready = true;
                     if self.upgrading {
-                        kill(self.active.pid, libc::SIGKILL);
+                        self.kill_active();
                     }
                 }
                 Some(("error", why)) => self.shared.set_upgrade_error(&format!("a new worker failed: {why}")),
@@ -288,29 +283,6 @@ impl<'a> Supervisor<'a> {
             self.shared.set_upgrade_error(&format!("a new worker {how}; the old one serves on"));
         }
         self.standby_due = Instant::now() + LOOK_EVERY;
-    }
-
-    /// Becomes the newer program that the agent was told of. If that fails, all is as before.
-    fn upgrade(&mut self) {
-        let program = self.shared.upgrade_wanted();
-        let why = match &self.device {
-            Some((id, path)) if self.recoverable && !self.upgrading && self.died.is_none() => {
-                let letter = Letter {
-                    version: HANDOVER_VERSION,
-                    program: -1,
-                    arena: self.arena.as_raw_fd(),
-                    board: self.shared.descriptors(),
-                    feed: self.feed.as_ref().map(Source::descriptors),
-                    worker: (self.active.pid, self.active.pipe.get_ref().as_raw_fd()),
-                    standbys: self.standbys.iter().map(|s| s.pid).collect(),
-                    agent: self.agent,
-                    device: (*id, path.to_string_lossy().into_owned()),
-                };
-                format!("{:#}", letter.send(&program))
-            }
-            _ => "not now: a take-over is under way, or this kernel has no recovery".to_owned(),
-        };
-        self.shared.set_upgrade_error(&why);
     }
 
     fn is_live(&mut self, said: &str) {
@@ -356,6 +328,41 @@ impl<'a> Supervisor<'a> {
         self.hear()
     }
 
+    /// The active worker ended; of a stranger nobody tells how. True: as it was to.
+    fn worker_ended(&mut self, status: Option<i32>) -> Result<bool> {
+        self.stranger = None;
+        self.hear_last_words()?;
+        if status == Some(0) {
+            return Ok(true);
+        }
+        if self.stopping() {
+            let Some((id, _)) = self.device.as_ref().filter(|(id, _)| device::kernel_has(*id)) else { return Ok(true) };
+            self.active = self.remover_of(*id);
+            return Ok(false);
+        }
+        self.take_over(&status.map_or("died beside its supervisor".to_owned(), describe))?;
+        Ok(false)
+    }
+
+    /// Whether the device was told to go, by a worker that may be dead by now.
+    fn stopping(&self) -> bool {
+        self.shared.board.stopping.load(Ordering::Relaxed) != 0
+    }
+
+    /// One that ends what a worker had begun when it died: the device would be there for good, and dead.
+    fn remover_of(&mut self, id: u32) -> Worker {
+        self.pause_after(self.active.since.elapsed());
+        self.pulse.restart();
+        until_done(|| remover(id).ok())
+    }
+
+    fn kill_active(&self) {
+        match &self.stranger {
+            Some(process) => process.iter().for_each(kill_stranger),
+            None => kill(self.active.pid, libc::SIGKILL),
+        }
+    }
+
     fn take_over(&mut self, why: &str) -> Result<()> {
         let died = *self.died.get_or_insert_with(Instant::now);
         let Some((id, _)) = self.device else { bail!("the worker {why} before the device was live") };
@@ -381,7 +388,7 @@ impl<'a> Supervisor<'a> {
         let mut ready = None;
         while ready.is_none() && !self.standbys.is_empty() {
             let mut first = self.standbys.remove(0);
-            ready = first.order(&order).is_ok().then_some(first);
+            ready = self.ordered(&mut first, &order).then_some(first);
         }
         let ready = match ready {
             Some(standby) => standby,
@@ -392,17 +399,19 @@ impl<'a> Supervisor<'a> {
         Ok(())
     }
 
-    /// A worker made only now that it is needed. If that cannot be done, then it can later: to give up
-    /// would be to throw all pages away.
+    /// Orders a worker to take over, known on the board as who serves: whoever else had to, should this
+    /// process end just now, finds it there.
+    fn ordered(&self, worker: &mut Worker, order: &str) -> bool {
+        self.shared.board.worker.store(worker.pid as u64, Ordering::Relaxed);
+        worker.order(order).is_ok()
+    }
+
+    /// A worker made only now that it is needed.
     fn forked_now(&self, id: u32, order: &str) -> Worker {
-        loop {
-            if let Ok(mut fresh) = start(self.add, &self.arena, &self.shared, self.feed.as_ref(), Some(id)) {
-                if fresh.order(order).is_ok() {
-                    return fresh;
-                }
-            }
-            std::thread::sleep(BACK_OFF);
-        }
+        until_done(|| {
+            let fresh = start(self.add, &self.arena, &self.shared, self.feed.as_ref(), Some(id)).ok();
+            fresh.and_then(|mut fresh| self.ordered(&mut fresh, order).then_some(fresh))
+        })
     }
 
     /// Kills a worker of which a queue shows no sign of life. One that is taking over waits for the
@@ -416,11 +425,13 @@ impl<'a> Supervisor<'a> {
         if watchdog.is_zero() || self.device.is_none() {
             return;
         }
-        let patience = if self.died.is_some() { watchdog.max(TAKE_OVER_PATIENCE) } else { watchdog };
+        // A stranger may be taking over, too.
+        let longer = self.died.is_some() || self.stopping() || self.stranger.is_some();
+        let patience = if longer { watchdog.max(TAKE_OVER_PATIENCE) } else { watchdog };
         if self.pulse.quiet_for(&self.shared) >= patience {
             // SIGKILL works on a stopped process too; its death is the take-over's beginning.
             self.died.get_or_insert_with(Instant::now);
-            kill(self.active.pid, libc::SIGKILL);
+            self.kill_active();
             self.pulse.restart();
         }
     }
@@ -429,7 +440,11 @@ impl<'a> Supervisor<'a> {
     /// machine short of memory would be missing in a take-over, so the last but one can wait.
     fn stand_by(&mut self) {
         let missing = self.standbys.len() < STANDBYS && self.standbys.iter().all(|s| s.ready);
-        if !self.recoverable || !missing || (!self.standbys.is_empty() && self.spare.bytes() < STANDBY_COST) {
+        if !self.recoverable
+            || self.stopping()
+            || !missing
+            || (!self.standbys.is_empty() && self.spare.bytes() < STANDBY_COST)
+        {
             return;
         }
         // Without one a worker is forked when it is needed.
@@ -442,8 +457,11 @@ impl<'a> Supervisor<'a> {
         let tell = self.tell.take();
         let mut keep = self.shared.descriptors().to_vec();
         keep.extend(tell.as_ref().map(|t| t.as_raw_fd()));
+        let heritage = Heritage::of(self.arena.as_raw_fd(), self.feed.as_ref(), self.recoverable);
+        keep.extend(heritage.descriptors());
         // Without one the device goes on, and nobody can ask how it is.
-        self.agent = child(c"gs-agent", keep, || agent::run(self.add, *id, path, self.shared.clone(), tell)).ok();
+        self.agent =
+            child(c"gs-agent", keep, || agent::run(self.add, *id, path, self.shared.clone(), tell, heritage)).ok();
     }
 
     fn pause_after(&mut self, lived: Duration) {
@@ -463,40 +481,15 @@ impl<'a> Supervisor<'a> {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use clap::Parser;
-
-    /// A supervisor with a worker of which the test holds the other end.
-    fn hearing(test: impl FnOnce(&mut Supervisor<'_>, UnixStream)) {
-        let cli = crate::cli::Cli::parse_from(["ghostswap-ublk", "add", "--size", "1G"]);
-        let crate::cli::Command::Add(add) = cli.command else { panic!("not add") };
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        let arena = std::fs::File::open("/dev/null").unwrap().into();
-        let shared = Arc::new(Shared::new().unwrap());
-        test(&mut Supervisor::new(&add, arena, shared, None, Worker::new(0, ours)), theirs);
-    }
-
-    #[test]
-    fn what_comes_in_one_piece_is_heard_at_once() {
-        hearing(|supervisor, mut worker| {
-            worker.write_all(b"ready\nlive 3 true /dev/ublkb3\n").unwrap();
-            supervisor.hear().unwrap();
-            assert_eq!(supervisor.device, Some((3, "/dev/ublkb3".into())));
-            assert!(supervisor.recoverable);
-        });
-    }
-
-    #[test]
-    fn half_a_line_of_a_dead_worker_is_nothing() {
-        hearing(|supervisor, mut worker| {
-            worker.write_all(b"live 3 true /dev/ublkb3\nlive 3 fal").unwrap();
-            drop(worker);
-            supervisor.hear().unwrap();
-            supervisor.hear_last_words().unwrap();
-            assert!(supervisor.recoverable);
-            assert_eq!(supervisor.device, Some((3, "/dev/ublkb3".into())));
-        });
+/// What cannot be done now can be later: to give up would be to throw all pages away.
+fn until_done<T>(mut work: impl FnMut() -> Option<T>) -> T {
+    loop {
+        if let Some(done) = work() {
+            return done;
+        }
+        std::thread::sleep(BACK_OFF);
     }
 }
+
+#[cfg(test)]
+mod tests;

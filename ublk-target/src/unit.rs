@@ -28,7 +28,9 @@ pub fn take_in(add: &Add) -> Result<bool> {
     let Some(id) = add.id.filter(|id| device::kernel_has(*id)) else { return Ok(false) };
     let Some((device, _)) = crate::describe(id)? else { return Ok(false) };
     let worker = device["pid"].as_u64().ok_or_else(|| anyhow!("ublkb{id} does not say who serves it"))?;
-    let supervisor = parent(worker).filter(|pid| *pid > 1).ok_or_else(|| {
+    // An older daemon does not say who supervises: the worker's parent does.
+    let told = device["supervisor"]["process"].as_u64().map(|pid| pid as u32);
+    let supervisor = told.or_else(|| parent(worker)).filter(|pid| *pid > 1).ok_or_else(|| {
         anyhow!("the supervisor of ublkb{id} is gone; process {worker} serves on: ghostswap-ublk stop {id}, then start anew")
     })?;
     let mut manager = Manager::from_env();

@@ -15,6 +15,7 @@ use crate::claim::Claim;
 use crate::cli::{self, Add, DEFAULT_TIER};
 use crate::control::{Answer, Request};
 use crate::handover::HANDOVER_VERSION;
+use crate::heir::Guard;
 use crate::slotfree::{self, Feed, Source};
 use crate::windows::Held;
 use crate::{daemon, device, log, protect, queue, signals};
@@ -116,11 +117,12 @@ pub fn run(setup: Setup<'_>) -> Result<()> {
     voice.rise();
     let mut steps = Steps::new();
     let (device, dev) = ready.go_live(&order, &mut steps)?;
+    let mut guard = device.guard(setup.feed);
     let (id, recoverable) = (device.ctrl.dev_info().dev_id, device::can_recover(&device.ctrl));
     daemon::say(&mut tell, &format!("live {id} {recoverable} {}", device.path.display()));
     protect::as_any_other();
     device.settle(&order, &steps);
-    device.wait_for_stop();
+    device.wait_for_stop(&mut guard);
     device.stop(dev);
     Ok(())
 }
@@ -230,13 +232,20 @@ impl Device {
         }
     }
 
-    fn wait_for_stop(&self) {
+    /// What to do when nobody supervises any more.
+    fn guard(&self, feed: Option<&Source>) -> Guard {
+        let device = (self.ctrl.dev_info().dev_id, self.path.as_path());
+        Guard::of(self.store.arena_fd().as_raw_fd(), feed, device, &self.shared)
+    }
+
+    fn wait_for_stop(&self, guard: &mut Guard) {
         let mut reported = self.counted();
         let mut lost_told = self.feed.as_ref().is_some_and(|feed| feed.lost() > 0);
         let mut report_due = Instant::now() + REPORT_EVERY;
         loop {
             self.publish();
             let [asked] = signals::poll([self.shared.worker_bell()], PUBLISH_EVERY);
+            guard.look();
             if Instant::now() >= report_due {
                 self.report(&mut reported);
                 self.report_lost(&mut lost_told);
@@ -282,12 +291,18 @@ impl Device {
 
     fn stop(self, dev: Arc<UblkDev>) {
         tracing::info!("{} stops", self.path.display());
+        // Should this process die on the way, the supervisor has the rest done.
+        self.shared.board.stopping.store(1, Ordering::Relaxed);
+        #[cfg(feature = "crash-points")]
+        crate::crash::passed("stop-ordered");
         if let Err(e) = self.ctrl.kill_dev() {
             tracing::warn!("stop: {}", device::describe(&e));
         }
         for queue in self.queues {
             let _ = queue.thread.join();
         }
+        #[cfg(feature = "crash-points")]
+        crate::crash::passed("stop-drained");
         // The driver deletes a device once nobody has it open.
         drop(dev);
         if self.recovered {

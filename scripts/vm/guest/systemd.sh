@@ -1,6 +1,6 @@
 #!/bin/sh
 # In a guest whose PID 1 is systemd: ghostswap@0, enabled, from boot to power-off. Upgraded by restart
-# and reload, restarted with a broken program, its worker killed, its supervisor stopped, a stop and a
+# and reload, restarted with a broken program, its worker killed, its supervisor stopped and killed, a stop and a
 # hibernation refused, all under a verifying hog larger than memory; a stop and a hibernation carried
 # out; then a shutdown with swap in use.
 # `ghostswap-next` is another build. Status 1 if a page was wrong or anything else failed.
@@ -89,6 +89,18 @@ kill -CONT "$main"
 wait_for 90 "recovery of the unit" is_active
 active "after the hang"
 [ "$(number taken_over)" = 1 ] || fail "a worker died"
+
+echo "--- the supervisor is killed"
+restarts=$(of_unit NRestarts) before=$main
+kill -KILL "$main"
+succeeded() { main=$(number process); [ -n "$main" ] && [ "$main" != "$before" ]; }
+wait_for 30 "successor" succeeded
+restarted() { [ "$(of_unit NRestarts)" != "$restarts" ]; }
+wait_for 60 "restart of the unit" restarted
+wait_for 60 "recovery of the unit" is_active
+active "after the supervisor's death"
+[ "$(number taken_over)/$(number died)" = 1/1 ] || fail "not one worker and one supervisor died"
+ghostswap-ublk status | grep '^supervisor' || fail "status does not tell of the supervisor's death"
 
 echo "--- stop while it would not fit, $(swapped) MiB swapped out"
 systemctl stop $unit 2> /run/said && fail "the stop succeeded"

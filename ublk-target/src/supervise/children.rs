@@ -1,16 +1,17 @@
-//! The supervisor's children: how they are forked, told, killed and seen to end.
+//! The supervisor's children, and a worker that is another's child: how they are forked, told, killed
+//! and seen to end.
 
-#![allow(unsafe_code)] // waitpid, kill, close_range.
+#![allow(unsafe_code)] // waitpid, kill, close_range, pidfd_open.
 
 use crate::board::Shared;
 use crate::cli::Add;
 use crate::daemon::{self, fork};
-use crate::protect;
 use crate::slotfree::Source;
 use crate::worker::{self, Setup};
+use crate::{device, protect};
 use anyhow::{Context, Result};
-use std::io::{BufReader, Write};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::io::{BufReader, Error as OsError, ErrorKind, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Instant;
@@ -100,6 +101,51 @@ fn close_range(first: RawFd, last: RawFd) {
     unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
 }
 
+/// Forks a child that removes a device of which nobody will take care any more. Speaking to the driver
+/// is not for the supervisor itself.
+pub fn remover(id: u32) -> Result<Worker> {
+    let (ours, theirs) = UnixStream::pair().context("cannot make a socket pair")?;
+    let mut tell = theirs.try_clone().context("cannot duplicate a pipe")?;
+    // Both ends of its own, so that ours ends when it does.
+    let pid = child(c"gs-worker", vec![theirs.as_raw_fd(), tell.as_raw_fd()], || {
+        let done = device::remove(id);
+        if let Err(e) = &done {
+            daemon::tell_error(&mut tell, e);
+        }
+        done
+    })?;
+    Ok(Worker::new(pid, ours))
+}
+
+/// A descriptor that can be read once the process has ended. None: it has.
+pub fn pidfd(pid: libc::pid_t) -> Result<Option<OwnedFd>> {
+    // SAFETY: takes no pointers.
+    match unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) } {
+        -1 if OsError::last_os_error().raw_os_error() == Some(libc::ESRCH) => Ok(None),
+        -1 => Err(OsError::last_os_error()).context("cannot watch a process"),
+        // SAFETY: a fresh descriptor that nobody else owns.
+        fd => Ok(Some(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })),
+    }
+}
+
+/// The same of a worker that is no child of ours. One whose number another process has by now has ended.
+pub fn stranger(pid: libc::pid_t) -> Result<Option<OwnedFd>> {
+    let process = pidfd(pid)?;
+    match std::fs::read_to_string(format!("/proc/{pid}/comm")) {
+        Ok(name) => Ok(process.filter(|_| name.trim_end() == "gs-worker")),
+        Err(e) if e.kind() == ErrorKind::NotFound || e.raw_os_error() == Some(libc::ESRCH) => Ok(None),
+        // One that serves is not to be taken for dead because there was no memory to look.
+        Err(e) => Err(e).context("cannot see who serves"),
+    }
+}
+
+/// Kills a worker that is no child of ours: whoever has its number by now is spared.
+pub fn kill_stranger(process: &OwnedFd) {
+    let none = std::ptr::null::<libc::siginfo_t>();
+    // SAFETY: a null pointer stands for an ordinary signal's particulars.
+    unsafe { libc::syscall(libc::SYS_pidfd_send_signal, process.as_raw_fd(), libc::SIGKILL, none, 0) };
+}
+
 /// Sends a child a signal.
 pub fn kill(pid: libc::pid_t, signal: libc::c_int) {
     // SAFETY: a child of ours that has not been waited for.
@@ -119,5 +165,26 @@ pub fn describe(status: i32) -> String {
     match libc::WIFSIGNALED(status) {
         true => format!("was killed by signal {}", libc::WTERMSIG(status)),
         false => format!("ended with status {}", libc::WEXITSTATUS(status)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::signals::poll;
+    use std::process::{Command, Stdio};
+    use std::time::Duration;
+
+    #[test]
+    fn the_end_of_any_process_is_noticed() {
+        let mut other = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+        let pid = other.id() as libc::pid_t;
+        let process = pidfd(pid).unwrap().unwrap();
+        assert_eq!(poll([process.as_raw_fd()], Duration::from_millis(20)), [false]);
+        assert!(stranger(pid).unwrap().is_none(), "no worker of ours goes by that name");
+        kill_stranger(&process);
+        assert_eq!(poll([process.as_raw_fd()], Duration::from_secs(5)), [true]);
+        other.wait().unwrap();
+        assert!(pidfd(pid).unwrap().is_none());
     }
 }
