@@ -178,7 +178,8 @@ fn env(name: &str, default: u64) -> u64 {
 }
 
 fn run(tier: &str) {
-    let ops = env("GHOSTSWAP_MODEL_OPS", 200_000) / 7;
+    let slow = if tier.contains("file:") { 4 } else { 1 };
+    let ops = env("GHOSTSWAP_MODEL_OPS", 200_000) / 7 / slow;
     let seed = env(
         "GHOSTSWAP_MODEL_SEED",
         Instant::now().elapsed().as_nanos() as u64 ^ u64::from(std::process::id()) << 20 ^ 0x9e37_79b9,
