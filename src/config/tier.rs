@@ -75,6 +75,10 @@ impl FromStr for TierConfig {
             return Err(format!("tier '{head}' wants a path, as in file:/var/lib/ghostswap/cold,size=64G"));
         }
         match head.split_once(':') {
+            // A daemon has no working directory of its user's.
+            Some(("file" | "block", path)) if !path.starts_with('/') => {
+                Err(format!("tier '{head}': give the whole path, from / on"))
+            }
             None if head == "ram" => ram(options).map(TierConfig::Ram),
             Some(("file", path)) => disk(Place::File(path.into()), options).map(TierConfig::Disk),
             Some(("block", path)) => disk(Place::Block(path.into()), options).map(TierConfig::Disk),
@@ -232,6 +236,7 @@ mod tests {
             "file:/x",
             "file:/x,size=1M",
             "block:,size=1G",
+            "file:cold,size=1G",
             "block:/x,prealloc=on",
             "file:/x,size=1G,encrypt=maybe",
         ] {

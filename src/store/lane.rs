@@ -28,21 +28,12 @@ struct Decoded {
     sealed: Option<u64>,
 }
 
-/// What came of replacing a part of a page.
-enum Splice {
-    Done,
-    NoRoom,
-    /// Another write came between.
-    Again,
-    Fetch(Fetch),
-}
-
 /// One I/O thread's way into a [`crate::Volume`].
 pub struct Lane {
     pub(super) store: Store,
     pub(super) volume: VolumeId,
-    index: usize,
-    appender: Appender,
+    pub(super) index: usize,
+    pub(super) appender: Appender,
     /// The last group decoded, and where it came from: neighbours are often read next, each alone.
     group: Box<[u8]>,
     group_of: Option<Decoded>,
@@ -260,7 +251,7 @@ impl Lane {
 
     /// Puts the content that `word` stands for into `out`, one page long. Within an epoch. Some: it is
     /// not in memory, and this must be read for it.
-    fn decode(&mut self, s: &Shared, page: PageNo, word: Slot, out: &mut [u8]) -> Result<Option<Fetch>> {
+    pub(super) fn decode(&mut self, s: &Shared, page: PageNo, word: Slot, out: &mut [u8]) -> Result<Option<Fetch>> {
         let at = match word.kind() {
             Kind::Empty | Kind::Frozen => {
                 out.fill(0);
@@ -412,82 +403,10 @@ impl Lane {
     }
 
     /// Gives up a word that was made but not committed.
-    fn forget(&self, s: &Shared, word: Slot) {
+    pub(super) fn forget(&self, s: &Shared, word: Slot) {
         if let Kind::Stored(at) = word.kind() {
             s.segments.take_live(&s.arena, at.segment, at.share);
         }
-    }
-
-    /// Replaces `len` bytes within a page, by `data` or by zeros, against the very word it was
-    /// read from: a write to other bytes of the page in between makes it start anew. False: no
-    /// room at this moment.
-    ///
-    /// The rest of a page that lies on disk is waited for. (A kernel that swaps writes whole pages.)
-    fn splice(&mut self, page: PageNo, inner: usize, len: usize, data: Option<&[u8]>) -> Result<bool> {
-        let mut plain = [0u8; PAGE_BYTES];
-        let mut fetched = None;
-        loop {
-            let part = (inner, len, data);
-            match self.in_epoch(|lane, s| lane.splice_once(s, page, part, &mut plain, fetched))? {
-                Splice::Done => return Ok(true),
-                Splice::NoRoom => return Ok(false),
-                Splice::Again => fetched = None,
-                Splice::Fetch(fetch) => {
-                    let n = self.fetch_now(fetch, u64::from(page.0) * PAGE_BYTES as u64, &mut plain)?;
-                    fetched = (n == PAGE_BYTES).then_some(fetch);
-                }
-            }
-        }
-    }
-
-    /// `fetched`: what `plain` was fetched by.
-    fn splice_once(
-        &mut self,
-        s: &Shared,
-        page: PageNo,
-        (inner, len, data): (usize, usize, Option<&[u8]>),
-        plain: &mut [u8; PAGE_BYTES],
-        fetched: Option<Fetch>,
-    ) -> Result<Splice> {
-        let Ok(leaf) = s.map.leaf_for_write(&s.arena, self.volume, page.cluster()) else { return Ok(Splice::NoRoom) };
-        let slot = &leaf[page.slot()];
-        let old = Slot(slot.load(Ordering::Acquire));
-        if old.is_frozen() {
-            yield_now();
-            return Ok(Splice::Again);
-        }
-        if !fetched.is_some_and(|fetch| fetch.stands(s, old)) {
-            if let Some(fetch) = self.decode(s, page, old, plain)? {
-                return Ok(Splice::Fetch(fetch));
-            }
-        }
-        match data {
-            Some(data) => plain[inner..inner + len].copy_from_slice(&data[..len]),
-            None => plain[inner..inner + len].fill(0),
-        }
-        let pattern = same_filled(plain);
-        let new = match pattern.and_then(Slot::fill) {
-            Some(word) => word,
-            None => {
-                let outcome = match pattern {
-                    Some(pattern) => self.appender.fill(s, self.volume, page, pattern),
-                    None => self.appender.pages(s, self.volume, page, plain),
-                };
-                match outcome {
-                    Outcome::Done(record) => record.slot(0),
-                    Outcome::Split | Outcome::NoRoom => return Ok(Splice::NoRoom),
-                }
-            }
-        };
-        crash_point!("splice: record counted, slot old");
-        if !swap_if(slot, old, new) {
-            self.forget(s, new);
-            return Ok(Splice::Again);
-        }
-        let counters = &s.counters[self.index];
-        s.born(counters, new);
-        s.died(counters, old);
-        Ok(Splice::Done)
     }
 
     /// Drops pages `from..until` of one cluster. Within an epoch.

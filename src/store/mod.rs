@@ -25,6 +25,7 @@ mod lane;
 mod models;
 mod recompress;
 mod recover;
+mod splice;
 mod standby;
 #[cfg(feature = "crash-points")]
 mod steps;
