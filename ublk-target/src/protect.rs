@@ -12,6 +12,7 @@
 
 use anyhow::{bail, Context, Result};
 use std::io::Error as OsError;
+use std::time::Duration;
 
 const PR_SET_IO_FLUSHER: libc::c_int = 57;
 const PR_GET_IO_FLUSHER: libc::c_int = 58;
@@ -61,6 +62,39 @@ pub fn process() -> Result<()> {
     // SAFETY: acts on the process and takes no pointers.
     unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) };
     Ok(())
+}
+
+/// What the calling thread has had so far: time on a CPU, page faults, and times that it was put off one.
+#[derive(Clone, Copy, Debug)]
+pub struct Usage {
+    cpu: Duration,
+    faults: i64,
+    put_off: i64,
+}
+
+impl Usage {
+    /// Now.
+    pub fn now() -> Usage {
+        // SAFETY: plain data, for which zeros are valid, and live; the call knows the calling thread.
+        let usage = unsafe {
+            let mut usage: libc::rusage = std::mem::zeroed();
+            libc::getrusage(libc::RUSAGE_THREAD, &mut usage);
+            usage
+        };
+        let time = |t: libc::timeval| Duration::from_micros(t.tv_sec as u64 * 1_000_000 + t.tv_usec as u64);
+        let cpu = time(usage.ru_utime) + time(usage.ru_stime);
+        Usage { cpu, faults: usage.ru_minflt + usage.ru_majflt, put_off: usage.ru_nivcsw }
+    }
+
+    /// Since then.
+    pub fn since(then: Usage) -> Usage {
+        let now = Usage::now();
+        Usage {
+            cpu: now.cpu.saturating_sub(then.cpu),
+            faults: now.faults - then.faults,
+            put_off: now.put_off - then.put_off,
+        }
+    }
 }
 
 /// Names the calling process, as seen by `ps`.

@@ -16,6 +16,7 @@ use crate::cli::{self, Add, DEFAULT_TIER};
 use crate::control::{Answer, Request};
 use crate::handover::HANDOVER_VERSION;
 use crate::heir::Guard;
+use crate::protect::Usage;
 use crate::slotfree::{self, Feed, Source};
 use crate::windows::Held;
 use crate::{daemon, device, log, protect, queue, signals};
@@ -85,11 +86,13 @@ struct Steps {
     last: Instant,
     taken: [(&'static str, Duration); 5],
     count: usize,
+    /// At the beginning.
+    usage: Usage,
 }
 
 impl Steps {
     fn new() -> Steps {
-        Steps { last: Instant::now(), taken: [("", Duration::ZERO); 5], count: 0 }
+        Steps { last: Instant::now(), taken: [("", Duration::ZERO); 5], count: 0, usage: Usage::now() }
     }
 
     fn done(&mut self, what: &'static str) {
@@ -121,7 +124,7 @@ pub fn run(setup: Setup<'_>) -> Result<()> {
     let (id, recoverable) = (device.ctrl.dev_info().dev_id, device::can_recover(&device.ctrl));
     daemon::say(&mut tell, &format!("live {id} {recoverable} {}", device.path.display()));
     protect::as_any_other();
-    device.settle(&order, &steps);
+    device.settle(&order, &steps, Usage::since(steps.usage));
     device.wait_for_stop(&mut guard);
     device.stop(dev);
     Ok(())
@@ -221,13 +224,15 @@ fn open_dev(ctrl: &UblkCtrl, volume: &Volume) -> Result<Arc<UblkDev>> {
 
 impl Device {
     /// What can wait until the device is live.
-    fn settle(&self, order: &str, steps: &Steps) {
+    fn settle(&self, order: &str, steps: &Steps, usage: Usage) {
         for queue in &self.queues {
             self.ctrl.set_thread_affinity(queue.qid, queue.tid);
         }
         let path = self.path.display();
         match order.split_once(' ') {
-            Some((_, why)) => tracing::warn!("{path}: taken over; the worker before {why}; {:?}", steps.taken),
+            Some((_, why)) => {
+                tracing::warn!("{path}: taken over; the worker before {why}; {:?}; {usage:?}", steps.taken)
+            }
             None => tracing::info!("{path} is live"),
         }
     }

@@ -8,25 +8,24 @@ use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Stdio};
 
 /// What the script prints when the program is called with this letter.
-fn called_back_with(letter: &str) -> String {
+fn called_back_with(letter: &str) -> std::io::Result<String> {
     let script = std::env::temp_dir().join(format!("ghostswap-old-program-{}-{}", std::process::id(), letter.len()));
-    std::fs::write(&script, "#!/bin/sh\necho \"$* / $GHOSTSWAP_HANDOVER_RETURNED / $GHOSTSWAP_HANDOVER\"\n").unwrap();
-    std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
+    std::fs::write(&script, "#!/bin/sh\necho \"$* / $GHOSTSWAP_HANDOVER_RETURNED / $GHOSTSWAP_HANDOVER\"\n")?;
+    std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755))?;
     let output = Command::new(env!("CARGO_BIN_EXE_ghostswap-ublk"))
         .args(["add", "--size", "1G"])
         .env("GHOSTSWAP_HANDOVER", letter)
-        .stdin(Stdio::from(File::open(&script).unwrap()))
-        .output()
-        .unwrap();
-    std::fs::remove_file(&script).unwrap();
+        .stdin(Stdio::from(File::open(&script)?))
+        .output()?;
+    std::fs::remove_file(&script)?;
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8_lossy(&output.stdout).into_owned()
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 #[test]
 fn a_letter_of_an_unknown_version_is_given_back() {
     let letter = r#"{"version":999,"program":0}"#;
-    let said = called_back_with(letter);
+    let said = called_back_with(letter).unwrap();
     assert_eq!(said, format!("add --size 1G / version 999 is unknown to the program that was called / {letter}\n"));
 }
 
@@ -40,7 +39,7 @@ fn a_letter_that_cannot_be_gone_on_with_is_given_back() {
         "board": [991, 992, 993, 994, 995], "feed": null, "worker": [1, 996], "standbys": [], "agent": null,
         "device": [3, "/dev/ublkb3"], "recoverable": true,
     });
-    let said = called_back_with(&letter.to_string());
+    let said = called_back_with(&letter.to_string()).unwrap();
     let mut parts = said.trim_end().splitn(3, " / ");
     assert_eq!(parts.next(), Some("add --size 1G"));
     assert!(parts.next().is_some_and(|why| !why.is_empty()), "{said}");
