@@ -220,16 +220,26 @@ impl Link {
     }
 
     fn has_input(&mut self, time: Duration) -> Result<bool> {
-        if let Some(tls) = &mut self.tls {
-            // Bytes that have left the socket but not rustls.
-            let state = tls.process_new_packets().map_err(Error::other)?;
-            if state.plaintext_bytes_to_read() > 0 {
-                return Ok(true);
-            }
+        if self.has_plaintext()? {
+            return Ok(true);
         }
         let has_input = self.transport.has_input(time);
         self.set_limit(self.limit)?;
-        has_input
+        if !has_input? {
+            return Ok(false);
+        }
+        if self.tls.is_none() {
+            return Ok(true);
+        }
+        // Part of a record, or one of TLS's own: whoever reads now would wait for the rest.
+        Ok(self.receive_tls()? == 0 || self.has_plaintext()?)
+    }
+
+    /// Whether rustls has bytes, or an end, that have left the socket.
+    fn has_plaintext(&mut self) -> Result<bool> {
+        let Some(tls) = &mut self.tls else { return Ok(false) };
+        let state = tls.process_new_packets().map_err(Error::other)?;
+        Ok(state.plaintext_bytes_to_read() > 0 || state.peer_has_closed())
     }
 
     /// 0: the peer has closed.
@@ -243,7 +253,7 @@ impl Link {
                 }
             };
             match tls.reader().read(into) {
-                Err(error) if error.kind() == ErrorKind::WouldBlock => self.receive_tls()?,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => self.receive_tls().map(drop)?,
                 read => return read,
             }
         }
@@ -272,24 +282,26 @@ impl Link {
         Ok(())
     }
 
-    /// Takes in what is there of TLS records, and answers what they ask for.
-    fn receive_tls(&mut self) -> Result<()> {
+    /// Takes in what is there of TLS records, and answers what they ask for. 0: the peer has closed.
+    fn receive_tls(&mut self) -> Result<usize> {
         self.send_tls()?;
         self.before_wait()?;
-        let Some(tls) = &mut self.tls else { return Ok(()) };
-        match tls.read_tls(&mut self.transport) {
-            // The handshake is not over; the reader would not tell.
-            Ok(0) if tls.is_handshaking() => return Err(ErrorKind::UnexpectedEof.into()),
-            Ok(_) => {}
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(error) => return Err(waited_too_long(error)),
-        }
+        let Some(tls) = &mut self.tls else { return Ok(0) };
+        let read = loop {
+            match tls.read_tls(&mut self.transport) {
+                // The handshake is not over; the reader would not tell.
+                Ok(0) if tls.is_handshaking() => return Err(ErrorKind::UnexpectedEof.into()),
+                Ok(read) => break read,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(waited_too_long(error)),
+            }
+        };
         if let Err(error) = tls.process_new_packets() {
             // The alert tells the client why; whether it still listens does not matter.
             let _ = self.send_tls();
             return Err(Error::new(ErrorKind::InvalidData, format!("TLS: {error}")));
         }
-        self.send_tls()
+        self.send_tls().map(|()| read)
     }
 
     fn send_tls(&mut self) -> Result<()> {

@@ -1,6 +1,6 @@
 //! TLS with real certificates and real clients: what gets through, and what does not.
 //!
-//! Needs the Debian packages libnbd-bin, qemu-utils and openssl.
+//! Needs the Debian packages libnbd-bin, python3-libnbd, qemu-utils and openssl.
 #![allow(clippy::unwrap_used)] // Clippy's leave for tests does not reach their helpers.
 
 mod common;
@@ -293,5 +293,18 @@ fn bad_certificates_and_usage_end_with_one_line() {
     certificates.sign("ca", "carol", "carol", "subjectAltName=DNS:carol.example");
     assert!(size_of(&secure_uri(&server, "a", &certificates.0.join("carol"))).status.success());
     assert!(!size_of(&secure_uri(&server, "a", &certificates.nobody())).status.success());
+    server.end();
+}
+
+#[test]
+fn reads_overtake_writes_that_wait_for_room_in_tls_too() {
+    let certificates = Certificates::make("room", &[]);
+    let more = ["--export", "a,size=64M", "--tier", "ram,limit=24M,codec=lz4"];
+    let server = start("tls-room", &certificates.server(&more));
+    let script = format!("{}/tests/nbdsh/room.py", env!("CARGO_MANIFEST_DIR"));
+    run(Command::new("nbdsh")
+        .args(["-n", "-c", &std::fs::read_to_string(script).unwrap()])
+        .env("URI", secure_uri(&server, "a", &certificates.nobody()))
+        .env("PATH", "/usr/bin:/bin"));
     server.end();
 }
