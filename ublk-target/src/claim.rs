@@ -18,7 +18,7 @@
 //!
 //! These drivers also refuse with EINVAL, for ever, to let a device be claimed a second time before any of its
 //! queues was served after the first: when who claimed it died between that and its fetch commands. The
-//! first claim holds then, and the device is free once its node is closed. Died it when some queues were
+//! first claim holds then, and the device is free once its node is closed. If it died when some queues were
 //! ready and others not, then the next claim crashes the kernel (the driver lets go of a task that the
 //! others never had); nothing here can help that.
 //!
