@@ -16,6 +16,12 @@
 //! wait for the kernel's work items themselves (`/proc/sys/vm/stat_refresh` does) is no remedy: one of
 //! them may be waiting for memory, and so for this device.
 //!
+//! These drivers also refuse with EINVAL, for ever, to let a device be claimed a second time before any of its
+//! queues was served after the first: when who claimed it died between that and its fetch commands. The
+//! first claim holds then, and the device is free once its node is closed. If it died when some queues were
+//! ready and others not, then the next claim crashes the kernel (the driver lets go of a task that the
+//! others never had); nothing here can help that.
+//!
 //! Only this one command; all others are libublk's, which does not wait for anything in them.
 
 #![allow(unsafe_code)] // pushing commands on the ring.
@@ -74,7 +80,10 @@ impl Claim {
             if said >= 0 {
                 break;
             }
-            if said != -libc::EBUSY || began.elapsed() > PATIENCE {
+            if said == -libc::EINVAL && self.claimed_before() {
+                break;
+            }
+            if said != -libc::EBUSY && said != -libc::EINVAL || began.elapsed() > PATIENCE {
                 bail!("cannot take over ublkb{}: {}", self.id, OsError::from_raw_os_error(-said));
             }
             std::thread::sleep(ASK_EVERY);
@@ -83,6 +92,13 @@ impl Claim {
             std::thread::sleep(LET_FINISH);
         }
         Ok(())
+    }
+
+    /// Whether an older driver's EINVAL means that the device was claimed by one who has died since: its node
+    /// can be opened by one at a time.
+    fn claimed_before(&self) -> bool {
+        let node = format!("/dev/ublkc{}", self.id);
+        FEATURES.load(Ordering::Relaxed) & NEWER == 0 && OpenOptions::new().read(true).write(true).open(node).is_ok()
     }
 
     /// Sends a command and waits for the driver's answer.

@@ -136,8 +136,22 @@ impl Guard {
         self.watched = (own, None);
         let (id, path) = &self.device;
         match self.heritage.letter(*id, path, &self.shared).start(OWN_PROGRAM) {
-            Ok(pid) => tracing::warn!("supervisor and agent died; process {pid} is to be the next supervisor"),
+            Ok(pid) => {
+                tracing::warn!("supervisor and agent died; process {pid} is to be the next supervisor");
+                // However long it takes to begin, there must not be a second.
+                self.watched.1 = until_known(pid);
+            }
             Err(e) => tracing::error!("supervisor and agent died, and there can be no other yet: {e:#}"),
+        }
+    }
+}
+
+/// What tells of a process's end; it may have to wait for the memory to know.
+fn until_known(pid: u32) -> Option<OwnedFd> {
+    loop {
+        match pidfd(pid as libc::pid_t) {
+            Ok(process) => return process,
+            Err(_) => std::thread::sleep(TRY_AGAIN),
         }
     }
 }

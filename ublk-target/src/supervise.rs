@@ -364,6 +364,8 @@ impl<'a> Supervisor<'a> {
     }
 
     fn take_over(&mut self, why: &str) -> Result<()> {
+        // Not even live again since the last death, which a life would be counted from.
+        let lived = if self.died.is_some() { Duration::ZERO } else { self.active.since.elapsed() };
         let died = *self.died.get_or_insert_with(Instant::now);
         let Some((id, _)) = self.device else { bail!("the worker {why} before the device was live") };
         if !device::kernel_has(id) {
@@ -372,7 +374,7 @@ impl<'a> Supervisor<'a> {
         if !self.recoverable {
             bail!("the worker {why}: this kernel cannot hand ublkb{id} to another");
         }
-        self.pause_after(self.active.since.elapsed());
+        self.pause_after(lived);
         let board = self.shared.board;
         let upgraded = std::mem::take(&mut self.upgrading);
         if upgraded { &board.upgrades } else { &board.taken_over }.fetch_add(1, Ordering::Relaxed);
