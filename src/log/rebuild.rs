@@ -27,8 +27,6 @@ pub(crate) struct Table {
     pub frames: Resident,
     /// One more than the highest id in use.
     pub end: u32,
-    /// How many of them are below.
-    pub below: u32,
 }
 
 impl Segments {
@@ -98,7 +96,7 @@ impl Segments {
     /// Seals what holds live bytes and sets the rest free; `dead_below` hears of extents that it frees.
     pub fn end_recount(&self, arena: &Arena, entries: u32, mut dead_below: impl FnMut(ExtentNo)) -> Result<Table> {
         let (ids, frames) = (Resident::new(arena.max_segments()), Resident::new(arena.max_frames()));
-        let mut table = Table { ids, frames, end: 0, below: 0 };
+        let mut table = Table { ids, frames, end: 0 };
         for id in 0..entries {
             let s = SegmentId(id);
             let e = arena.segment_entry(s);
@@ -118,7 +116,6 @@ impl Segments {
                 Place::Memory(frame) => frame,
                 Place::Below(extent) => {
                     e[0].store(SEALED | BELOW | u64::from(extent.0) << 32, Ordering::Release);
-                    table.below += 1;
                     continue;
                 }
             };

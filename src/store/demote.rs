@@ -12,7 +12,7 @@
 //!
 //! Extents that are mostly dead are read back when free ones run short, and what is live of them written
 //! anew, to memory first. The thread may wait for the disk as long as it likes: nothing waits for it but
-//! writes that find no room. It asks for no memory: table entries growth makes ready.
+//! writes that find no room. It asks for no memory: the table is there from the start.
 
 use super::append::{Appender, KEEP_FOR_CLEANER};
 use super::survivors::Copier;
@@ -234,14 +234,7 @@ impl Mover {
         for (_, _, id) in self.likely.drain(..) {
             let Some(open) = s.segments.begin_cleaning(&s.arena, id) else { continue };
             let sequence = s.segments.sealed_as(&s.arena, id).expect("what is claimed was sealed");
-            let extent = lower.take().filter(|extent| {
-                let enough = grow::enough_ids(s);
-                if !enough {
-                    lower.give(*extent);
-                }
-                enough
-            });
-            let Some(extent) = extent else {
+            let Some(extent) = lower.take() else {
                 s.segments.end_cleaning(&s.arena, id);
                 return;
             };

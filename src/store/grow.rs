@@ -19,8 +19,6 @@ const META_RESERVE: u32 = 64;
 /// Free metadata pages above which memory goes back.
 const META_SURPLUS: u32 = 4 * META_RESERVE;
 const META_STEP: u32 = 16;
-/// Table entries made ready for segments that will go down to disk.
-const IDS_AHEAD: u32 = 64;
 /// Sleep, not yield, while a lane is on its way: growth may have a priority that yields to no lane.
 const GRACE_NAP: Duration = Duration::from_micros(100);
 const NAP: Duration = Duration::from_millis(100);
@@ -36,21 +34,14 @@ pub(super) fn known_segments(s: &Shared) -> u32 {
     s.known.load(Ordering::Acquire)
 }
 
-/// Ids that there must be: one for every frame and every segment below, and for one more of each. Growth
-/// sees to that before it adds a frame, the mover before it moves a segment down, whose frame is then
-/// free. So whoever finds a free frame finds an id.
-fn wanted_ids(s: &Shared) -> u32 {
-    let below = s.lower.as_ref().map_or(0, |lower| lower.taken());
-    s.held_frames.load(Ordering::Acquire) + below + 2
-}
-
-/// Whether there are; wakes growth if not.
-pub(super) fn enough_ids(s: &Shared) -> bool {
-    let enough = known_segments(s) >= wanted_ids(s).min(s.arena.max_segments());
-    if !enough {
-        s.wake_growth();
+/// Ids that there must be, so that whoever finds a free frame finds an id: one for every frame and one that
+/// is being added. Above a disk all of them, at once: the mover frees memory, so it must not wait for the
+/// memory of a table entry. (32 bytes for each segment that the disk can hold.)
+pub(super) fn wanted_ids(s: &Shared) -> u32 {
+    match s.lower {
+        Some(_) => s.arena.max_segments(),
+        None => (s.held_frames.load(Ordering::Acquire) + 1).min(s.arena.max_segments()),
     }
-    enough
 }
 
 /// Frames that the limit still allows to grow.
@@ -154,11 +145,9 @@ impl Growth {
         Ok(())
     }
 
-    /// Makes the ids that are needed, and above a disk some for what will go down. False: the store is
-    /// closing.
+    /// Makes the ids that are needed. False: the store is closing.
     fn grow_ids(&mut self, s: &Shared) -> Result<bool> {
-        let ahead = if s.lower.is_some() { IDS_AHEAD } else { 0 };
-        let wanted = (wanted_ids(s) + ahead).min(s.arena.max_segments());
+        let wanted = wanted_ids(s);
         for id in known_segments(s)..wanted {
             if !wait_for_spare(&mut self.spare, s, PAGE_BYTES) {
                 return Ok(false);

@@ -99,7 +99,8 @@ pub(super) fn recover(arena: &Arena, segments: &Segments, map: &Map, lower: Opti
     }
     let table =
         segments.end_recount(arena, entries, |extent| lower.into_iter().for_each(|lower| lower.give(extent)))?;
-    let known = table.end.max(there.frames.count() + table.below);
+    let needed = if lower.is_some() { arena.max_segments() } else { there.frames.count() };
+    let known = table.end.max(needed);
     arena.populate_entries(known)?;
     crash_point!("recovery: table rebuilt");
     // The lowest come out first.
