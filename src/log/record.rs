@@ -10,7 +10,7 @@
 //! payload
 //! ```
 
-use crate::page::{PageNo, VolumeId};
+use crate::page::{PageNo, VolumeId, PAGE_BYTES};
 
 /// Header bytes of a record of one page.
 pub(crate) const SINGLE_HEADER: usize = 7;
@@ -18,6 +18,11 @@ pub(crate) const SINGLE_HEADER: usize = 7;
 pub(crate) const GROUP_HEADER: usize = 9;
 /// Most pages in a record.
 pub(crate) const MAX_GROUP: usize = 16;
+
+/// No record of so many pages has more bytes.
+pub(crate) const fn most_total(pages: usize) -> usize {
+    GROUP_HEADER + pages * PAGE_BYTES
+}
 
 /// A record's header, taken apart.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

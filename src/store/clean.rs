@@ -7,7 +7,8 @@ use super::append::Appender;
 use super::recompress::Recompressor;
 use super::survivors::Copier;
 use super::{grow, Shared};
-use crate::log::policy::{cleaning, worth, Candidate, Cleaning};
+use crate::log::policy::{cleaning, gain, worth, Candidate, Cleaning};
+use crate::log::record::most_total;
 use crate::log::segment::Open;
 use crate::page::SegmentId;
 use crate::sync::yield_now;
@@ -22,7 +23,7 @@ const NAP: Duration = Duration::from_millis(50);
 pub(super) struct Cleaner {
     shared: Arc<Shared>,
     copier: Copier,
-    victims: Vec<(f64, u32)>,
+    victims: Vec<(f64, SegmentId)>,
     recompressor: Option<Recompressor>,
 }
 
@@ -104,12 +105,14 @@ impl Cleaner {
         let s = &*self.shared;
         self.victims.clear();
         let capacity = s.arena.segment_bytes() as u32;
-        let (mut sealed, mut live_all) = (0u64, 0u64);
-        for id in 0..grow::known_segments(s) {
-            let Some((live, _, age)) = s.segments.sealed(&s.arena, SegmentId(id)) else { continue };
+        let (mut sealed, mut dead) = (0u64, 0u64);
+        for id in (0..grow::known_segments(s)).map(SegmentId) {
+            let Some((live, used, age)) = s.segments.sealed(&s.arena, id) else { continue };
+            let pages = if s.segments.is_raw(&s.arena, id) { 1 } else { s.config.group_pages_seen };
+            let candidate = Candidate { live, used, record: most_total(pages) as u32, age };
             sealed += u64::from(capacity);
-            live_all += u64::from(live);
-            let Some(w) = worth(&Candidate { live, age }, capacity) else { continue };
+            dead += u64::from(gain(&candidate, capacity));
+            let Some(w) = worth(&candidate, capacity) else { continue };
             let at = self.victims.partition_point(|(other, _)| *other >= w);
             if at < BATCH {
                 self.victims.insert(at, (w, id));
@@ -119,12 +122,12 @@ impl Cleaner {
         let reserve = s.reserve.load(Ordering::Relaxed).max(grow::least_reserve(&s.config));
         // Where the mover can make room, cleaning is for what is dead, not for the last byte.
         let growable = grow::growable_frames(s) + s.lower.as_ref().map_or(0, |lower| lower.room());
-        cleaning(s.arena.frames_ready(), growable, reserve, sealed, live_all)
+        cleaning(s.arena.frames_ready(), growable, reserve, sealed, dead)
     }
 
     fn clean(&mut self) {
         for i in 0..self.victims.len() {
-            let id = SegmentId(self.victims[i].1);
+            let id = self.victims[i].1;
             let shared = self.shared.clone();
             let Some(victim) = shared.segments.begin_cleaning(&shared.arena, id) else { continue };
             let (age_s, cold) = shared.segments.past(&shared.arena, id);

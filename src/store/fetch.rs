@@ -15,7 +15,7 @@
 use super::{Lane, Shared};
 use crate::error::{Error, Result};
 use crate::io::BLOCK_BYTES;
-use crate::log::record::{Header, GROUP_HEADER};
+use crate::log::record::{most_total, Header, GROUP_HEADER};
 use crate::log::segment::{record_of, Below};
 use crate::map::{Kind, Slot, Stored};
 use crate::page::{PageNo, PAGE_BYTES};
@@ -85,8 +85,7 @@ pub enum Taken {
 
 /// Bytes of the largest fetch, where records hold so many pages at most.
 pub(super) fn most_bytes(group_pages: usize) -> usize {
-    let record = group_pages * PAGE_BYTES + GROUP_HEADER;
-    (record.div_ceil(PAYLOAD) + 1).max(REACH_BLOCKS) * BLOCK_BYTES
+    (most_total(group_pages).div_ceil(PAYLOAD) + 1).max(REACH_BLOCKS) * BLOCK_BYTES
 }
 
 /// The part of a request that lies within its next page: the page, its first byte, how many.
