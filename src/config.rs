@@ -3,7 +3,7 @@
 
 mod tier;
 
-pub use tier::{DiskTier, Place, RamTier, TierConfig};
+pub use tier::{parse_time, DiskTier, Place, RamTier, TierConfig};
 
 use crate::error::{Error, Result};
 use crate::page::PAGE_BYTES;

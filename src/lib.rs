@@ -41,7 +41,7 @@ pub use crash::set_hook as set_crash_hook;
 pub use error::{Error, Result};
 pub use io::Buffer;
 pub use page::{MAX_VOLUMES, MAX_VOLUME_BYTES, PAGE_BYTES};
-pub use stats::Stats;
+pub use stats::{Stats, TierStats};
 #[cfg(feature = "crash-points")]
 #[doc(hidden)]
 pub use store::Steps;

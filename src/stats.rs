@@ -42,6 +42,23 @@ pub struct Stats {
     pub disk: Option<DiskStats>,
 }
 
+/// A tier and what it holds. Sizes are bytes.
+#[derive(Clone, Debug, Serialize)]
+pub struct TierStats {
+    /// `ram`, `cold` (memory compressed again) or `disk`.
+    pub name: &'static str,
+    /// How it compresses, or where it is.
+    pub what: String,
+    /// What it may hold.
+    pub limit_bytes: u64,
+    /// What it does hold: segments, live or dead, and of the first the reserve and the map too.
+    pub held_bytes: u64,
+    /// Bytes of records there that are live.
+    pub live_bytes: u64,
+    /// `used`, `being drained`, `drained` or `failing`.
+    pub state: &'static str,
+}
+
 /// What lies on a disk tier.
 #[derive(Clone, Debug, Serialize)]
 #[allow(missing_docs, reason = "each field is explained where it is not plain")]
@@ -66,6 +83,10 @@ pub struct DiskStats {
     pub last_corrupt: Option<(u64, u64)>,
     /// The last write failed: it rests and is tried again.
     pub failing: bool,
+    /// It is to be empty, and used no more.
+    pub draining: bool,
+    /// What is old enough is on its way there, by hand.
+    pub writing_back: bool,
 }
 
 impl Stats {
@@ -121,7 +142,11 @@ impl fmt::Display for Stats {
                 format_size(d.written_bytes),
                 format_size(d.fetched_bytes),
                 d.fetches,
-                if d.failing { "; WRITES FAIL" } else { "" }
+                match (d.failing, d.draining) {
+                    (true, _) => "; WRITES FAIL",
+                    (_, true) => "; being drained",
+                    _ => "",
+                }
             )?;
             if d.write_errors + d.read_errors > 0 {
                 writeln!(f, "          {} writes failed, {} reads failed", d.write_errors, d.read_errors)?;

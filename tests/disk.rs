@@ -3,75 +3,11 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use ghostswap::{create_arena, Error, Lane, Store, StoreConfig};
+mod on_disk;
+
+use ghostswap::{create_arena, Error, Store, StoreConfig};
+use on_disk::{check, config, content, wait_for, write, Dir, PAGE, PAGES};
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
-
-const PAGE: usize = 4096;
-const PAGES: u64 = 12_000;
-
-/// A directory that goes with the test.
-struct Dir(PathBuf);
-
-impl Dir {
-    fn new(name: &str) -> Dir {
-        let dir = std::env::temp_dir().join(format!("ghostswap-{name}-{}", std::process::id()));
-        std::fs::create_dir_all(&dir).unwrap();
-        Dir(dir)
-    }
-
-    fn tier(&self) -> PathBuf {
-        self.0.join("cold")
-    }
-}
-
-impl Drop for Dir {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
-fn config(path: &Path, ram: &str, options: &str) -> StoreConfig {
-    let disk = format!("file:{},size=64M,prealloc=off{options}", path.display());
-    StoreConfig { tiers: vec![ram.parse().unwrap(), disk.parse().unwrap()], ..StoreConfig::default() }
-}
-
-/// About half of it compresses; every fifth page does not.
-fn content(page: u64, salt: u64) -> Vec<u8> {
-    let mut x = page.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ salt | 1;
-    let noisy = if page % 5 == 0 { PAGE } else { PAGE / 2 };
-    let mut out = vec![page as u8; PAGE];
-    out[..noisy].chunks_exact_mut(8).for_each(|c| {
-        x ^= x << 13;
-        x ^= x >> 7;
-        x ^= x << 17;
-        c.copy_from_slice(&x.to_le_bytes());
-    });
-    out
-}
-
-fn write(lane: &mut Lane, pages: impl Iterator<Item = u64>, salt: u64) {
-    for page in pages {
-        lane.write(page * PAGE as u64, &content(page, salt)).unwrap();
-    }
-}
-
-fn check(lane: &mut Lane, pages: impl Iterator<Item = u64>, salt: u64) {
-    let mut buf = vec![0; PAGE];
-    for page in pages {
-        lane.read(page * PAGE as u64, &mut buf).unwrap();
-        assert!(buf == content(page, salt), "page {page}");
-    }
-}
-
-fn wait_for(what: &str, mut so: impl FnMut() -> bool) {
-    let begun = Instant::now();
-    while !so() {
-        assert!(begun.elapsed() < Duration::from_secs(20), "{what} does not happen");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
 
 #[test]
 fn more_than_memory_holds_comes_back() {
@@ -132,7 +68,7 @@ fn half_dead_extents_make_room_for_others() {
 fn another_store_finds_what_went_down() {
     let dir = Dir::new("again");
     let arena = create_arena(false).unwrap();
-    let config = config(&dir.tier(), "ram,limit=8M", "");
+    let config = on_disk::config(&dir.tier(), "ram,limit=8M", "");
     let store = Store::open_arena(config.clone(), arena.try_clone().unwrap()).unwrap();
     let mut lane = store.create_volume(1 << 30).unwrap().lane().unwrap();
     write(&mut lane, 0..PAGES, 1);
@@ -142,8 +78,8 @@ fn another_store_finds_what_went_down() {
     let why = Store::open_arena(bare, arena.try_clone().unwrap()).err().unwrap().to_string();
     assert!(why.contains("disk tier"), "{why}");
     let other = Dir::new("other");
-    drop(Store::open(self::config(&other.tier(), "ram,limit=8M", "")).unwrap());
-    let wrong = self::config(&other.tier(), "ram,limit=8M", "");
+    drop(Store::open(on_disk::config(&other.tier(), "ram,limit=8M", "")).unwrap());
+    let wrong = on_disk::config(&other.tier(), "ram,limit=8M", "");
     let why = Store::open_arena(wrong, arena.try_clone().unwrap()).err().unwrap().to_string();
     assert!(why.contains("not the one"), "{why}");
     let store = Store::open_arena(config.clone(), arena.try_clone().unwrap()).unwrap();

@@ -9,8 +9,10 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use ghostswap::config::Limit;
 use ghostswap::{Error, PageKind, Store, StoreConfig};
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 const PAGE: u64 = 4096;
@@ -69,6 +71,7 @@ fn page_of(t: u64, i: u64, far: bool) -> u64 {
 }
 
 struct Worker {
+    store: Store,
     lane: ghostswap::Lane,
     model: BTreeMap<u64, Vec<u8>>,
     thread: u64,
@@ -122,7 +125,7 @@ impl Worker {
     }
 
     fn write(&mut self, at: u64, _n: u64, bytes: Vec<u8>) -> Result<(), String> {
-        self.lane.write(at, &bytes).map_err(|e| format!("write at {at}: {e}"))?;
+        self.lane.write(at, &bytes).map_err(|e| format!("write at {at}: {e}\n{}", self.store.stats()))?;
         self.put(at, &bytes);
         Ok(())
     }
@@ -177,6 +180,34 @@ fn env(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().map_or(default, |v| v.parse().unwrap())
 }
 
+/// One of the threads that work.
+struct Works<'a>(&'a AtomicU64);
+
+impl Drop for Works<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Now and then what is in memory goes down, all that is below comes up as far as there is room, memory gets
+/// less for a moment: none of which may be seen in a page.
+fn change_tiers(store: &Store, working: &AtomicU64) {
+    let limit = store.tiers()[0].limit_bytes;
+    let nap = || std::thread::sleep(Duration::from_millis(7));
+    while working.load(Ordering::Relaxed) > 0 {
+        store.write_back(0).unwrap();
+        nap();
+        store.drain_disk(true).unwrap();
+        nap();
+        store.drain_disk(false).unwrap();
+        // With less, or refused because more is needed at this moment.
+        let _ = store.set_limit(Limit::Bytes(limit - (1 << 20)));
+        nap();
+        store.set_limit(Limit::Bytes(limit)).unwrap();
+        nap();
+    }
+}
+
 fn run(tier: &str) {
     let slow = if tier.contains("file:") { 4 } else { 1 };
     let ops = env("GHOSTSWAP_MODEL_OPS", 200_000) / 7 / slow;
@@ -193,13 +224,26 @@ fn run(tier: &str) {
     };
     let store = Store::open(config).unwrap();
     let volumes = [store.create_volume(ghostswap::MAX_VOLUME_BYTES).unwrap(), store.create_volume(64 << 20).unwrap()];
+    let working = AtomicU64::new(THREADS);
     std::thread::scope(|scope| {
+        if tier.contains(" + file") {
+            scope.spawn(|| change_tiers(&store, &working));
+        }
         for thread in 0..THREADS {
+            let working = &working;
             let mut workers: Vec<_> = volumes
                 .iter()
-                .map(|v| Worker { lane: v.lane().unwrap(), model: BTreeMap::new(), thread, far: v.bytes() > 1 << 40 })
+                .map(|v| Worker {
+                    store: store.clone(),
+                    lane: v.lane().unwrap(),
+                    model: BTreeMap::new(),
+                    thread,
+                    far: v.bytes() > 1 << 40,
+                })
                 .collect();
             scope.spawn(move || {
+                // Also if it panics.
+                let _works = Works(working);
                 let mut rng = Rng(seed.wrapping_mul(thread * 2 + 1) | 1);
                 let mut buf = vec![0; 64 * PAGE as usize];
                 for op in 0..ops / THREADS {

@@ -13,8 +13,6 @@ use std::time::{Duration, Instant};
 const MAX_BYTES: usize = 1 << 20;
 /// Refusals are then at most 32 a second: clients that swap try again at once, and so do less harm.
 const MAX_WRITES: usize = 64;
-/// Without any progress for so long the oldest is refused.
-const PATIENCE: Duration = Duration::from_secs(2);
 
 struct Write {
     request: Request,
@@ -65,7 +63,7 @@ impl Parked {
                 let since = self.progress.map_or(write.since, |progress| progress.max(write.since));
                 if write.done == write.data.len() {
                     Ok(())
-                } else if now - since >= PATIENCE {
+                } else if now - since >= lane.patience() {
                     Err(Error::NoSpace)
                 } else {
                     return None;

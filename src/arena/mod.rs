@@ -137,6 +137,17 @@ impl Arena {
     pub fn set_tier(&self, id: &[u8; 16]) {
         Superblock(&self.map).set_tier(id);
     }
+    /// Not zero: it is to be empty.
+    pub fn drain(&self) -> &AtomicU64 {
+        Superblock(&self.map).drain()
+    }
+    /// The limit that was set in the place of the configuration's.
+    pub fn limit(&self, configured: u64) -> Option<u64> {
+        Superblock(&self.map).limit(configured)
+    }
+    pub fn set_limit(&self, configured: u64, bytes: u64) {
+        Superblock(&self.map).set_limit(configured, bytes);
+    }
     pub fn key(&self) -> [u8; 32] {
         Superblock(&self.map).key()
     }

@@ -6,6 +6,8 @@
 //!      56  frames ever grown · 64 metadata pages ever grown: the watermarks of hugetlbfs
 //!      72  segments that the table has room for · 80 table entries ever grown
 //!      88  16 bytes: the disk tier that pages went to, 0: none · 104 32 bytes: the key they are sealed with
+//!      136 memory limit by the configuration when 144 was set · 144 the limit in its place, 0: none
+//!      152 1: the disk tier is being drained
 //!      512 sizes of the 64 volumes in bytes, 0: no such volume
 //! ```
 //! The magic is stored last, so an arena without it is one that was never handed out: empty. A
@@ -34,7 +36,10 @@ const MAX_SEGMENTS_AT: usize = 72;
 const GROWN_IDS_AT: usize = 80;
 const TIER_AT: usize = 88;
 const KEY_AT: usize = 104;
-const FIELDS_END: usize = 136;
+const LIMIT_OF_AT: usize = 136;
+const LIMIT_AT: usize = 144;
+const DRAIN_AT: usize = 152;
+const FIELDS_END: usize = 160;
 const VOLUMES_AT: usize = 512;
 
 const MAX_FRAMES: u32 = (1 << 24) - 1;
@@ -181,6 +186,25 @@ impl<'a> Superblock<'a> {
         }
     }
 
+    /// The limit that was set in the place of the configuration's, while that is the same.
+    pub fn limit(&self, configured: u64) -> Option<u64> {
+        let [of, set] = [LIMIT_OF_AT, LIMIT_AT].map(|at| self.0.u64_at(at).load(Ordering::Acquire));
+        (set != 0 && of == configured).then_some(set)
+    }
+
+    /// Sets it. Killed half-way there is none.
+    pub fn set_limit(&self, configured: u64, bytes: u64) {
+        for (at, v) in [(LIMIT_AT, 0), (LIMIT_OF_AT, configured), (LIMIT_AT, bytes)] {
+            crash_point!("superblock: before a part of the limit");
+            self.0.u64_at(at).store(v, Ordering::Release);
+        }
+    }
+
+    /// Not zero: the disk tier is to be empty.
+    pub fn drain(&self) -> &'a AtomicU64 {
+        self.0.u64_at(DRAIN_AT)
+    }
+
     fn bytes<const N: usize>(&self, at: usize) -> [u8; N] {
         let mut bytes = [0; N];
         for (i, chunk) in bytes.chunks_exact_mut(8).enumerate() {
@@ -233,15 +257,18 @@ mod tests {
         block.initialise(&geometry, &[7; 32]);
         block.set_tier(&[3; 16]);
         assert_eq!((block.tier(), block.key()), ([3; 16], [7; 32]));
+        assert_eq!(block.limit(9), None);
+        block.set_limit(9, 7);
+        block.drain().store(1, Ordering::Relaxed);
+        assert_eq!((block.limit(9), block.limit(8)), (Some(7), None));
         assert_eq!(block.allow(4, 0b10), (4, 0b10));
         assert_eq!(block.allow(1, 0b100), (4, 0b110));
         block.volume_bytes(VolumeId(1)).store(8192, Ordering::Relaxed);
         let start = map.file().start().unwrap();
         assert_eq!(start[..8], *b"GHOSTSWP");
         assert_eq!((&start[88..104], &start[104..136]), (&[3; 16][..], &[7; 32][..]));
-        for (at, want) in
-            [(8, VERSION), (16, 65536), (24, 64), (32, 1024), (40, 4), (48, 6), (56, 0), (72, 70), (520, 8192)]
-        {
+        let fields = [(8, VERSION), (16, 65536), (24, 64), (32, 1024), (40, 4), (48, 6), (56, 0), (72, 70)];
+        for (at, want) in fields.into_iter().chain([(136, 9), (144, 7), (152, 1), (520, 8192)]) {
             assert_eq!(start[at..at + 8], want.to_le_bytes(), "at {at}");
         }
         assert!(block.volumes().is_err(), "a volume after a gap");

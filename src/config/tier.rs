@@ -145,7 +145,7 @@ fn on_or_off(key: &str, value: &str) -> Result<bool, String> {
 }
 
 /// Seconds of a time such as `90`, `90s`, `10m`, `2h`.
-fn parse_time(text: &str) -> Result<u32, String> {
+pub fn parse_time(text: &str) -> Result<u32, String> {
     let (digits, unit) = match text.char_indices().last() {
         Some((at, 's')) => (&text[..at], 1),
         Some((at, 'm')) => (&text[..at], 60),

@@ -121,7 +121,7 @@ impl Cleaner {
         }
         let reserve = s.reserve.load(Ordering::Relaxed).max(grow::least_reserve(&s.config));
         // Where the mover can make room, cleaning is for what is dead, not for the last byte.
-        let growable = grow::growable_frames(s) + s.lower.as_ref().map_or(0, |lower| lower.room());
+        let growable = grow::growable_frames(s) + s.room_below();
         cleaning(s.arena.frames_ready(), growable, reserve, sealed, dead)
     }
 

@@ -10,6 +10,9 @@
 //! A write that fails leaves the segment where it is. The tier then rests, longer each time, and is tried
 //! again; meanwhile the cleaner makes room as if there were no tier.
 //!
+//! By hand all that is older than some age goes down, memory short or not; or the tier is drained: extents are
+//! brought up again, while memory has more room than would have others go down.
+//!
 //! Extents that are mostly dead are read back when free ones run short, and what is live of them written
 //! anew, to memory first. The thread may wait for the disk as long as it likes: nothing waits for it but
 //! writes that find no room. It asks for no memory: the table is there from the start.
@@ -113,17 +116,33 @@ impl Mover {
         if !lower.claim() || self.resting_until.is_some_and(|until| Instant::now() < until) {
             return false;
         }
-        let wanted = demotion(&Pressure {
+        let mut wanted = demotion(&Pressure {
             frames_ready: shared.arena.frames_ready(),
             frames_growable: grow::growable_frames(&shared),
-            frames_limit: (shared.config.limit_bytes / shared.arena.segment_bytes() as u64) as u32,
+            frames_limit: (shared.limit_bytes() / shared.arena.segment_bytes() as u64) as u32,
             reserve: shared.reserve.load(Ordering::Relaxed),
             moving: self.moving,
         });
+        if shared.draining() {
+            shared.write_back.store(0, Ordering::Relaxed);
+            // As much room as moving down would leave: draining is not to make others wait.
+            self.moving = true;
+            let drained = wanted == 0 && self.may_compact() && self.bring_up(&shared, lower, |_| true);
+            return drained || lower.discard_one();
+        }
         self.moving = wanted > 0;
         let compacted = self.compact(&shared, lower);
-        if wanted > 0 && lower.free() > 0 && self.move_some(&shared, lower, wanted as usize) {
+        let by_hand = shared.write_back.load(Ordering::Relaxed);
+        let mut idle_s = 0;
+        if let (0, Some(age)) = (wanted, by_hand.checked_sub(1)) {
+            (wanted, idle_s) = (WRITES as u32, age as u32);
+        }
+        if wanted > 0 && lower.free() > 0 && self.move_some(&shared, lower, wanted as usize, idle_s) {
             return true;
+        }
+        if by_hand != 0 {
+            // Nothing of that age is left, or it cannot go. Unless the order is a newer one.
+            let _ = shared.write_back.compare_exchange(by_hand, 0, Ordering::Relaxed, Ordering::Relaxed);
         }
         compacted || lower.discard_one()
     }
@@ -132,24 +151,24 @@ impl Mover {
     #[cfg(feature = "crash-points")]
     pub fn move_now(&mut self) -> bool {
         let s = self.shared.clone();
-        s.lower.as_ref().is_some_and(|lower| lower.claim() && self.move_some(&s, lower, WRITES))
+        s.lower.as_ref().is_some_and(|lower| lower.claim() && self.move_some(&s, lower, WRITES, 0))
     }
 
     /// The same.
     #[cfg(feature = "crash-points")]
     pub fn compact_now(&mut self) -> bool {
         let s = self.shared.clone();
-        s.lower.as_ref().is_some_and(|lower| lower.claim() && self.compact_emptiest(&s, lower))
+        s.lower.as_ref().is_some_and(|lower| lower.claim() && self.bring_up(&s, lower, mostly_dead))
     }
 
     /// False: nothing could be moved.
-    fn move_some(&mut self, s: &Shared, lower: &Lower, wanted: usize) -> bool {
-        self.choose(s, wanted.min(WRITES));
+    fn move_some(&mut self, s: &Shared, lower: &Lower, wanted: usize, idle_s: u32) -> bool {
+        self.choose(s, wanted.min(WRITES), idle_s);
         self.claim(s, lower);
         if self.on_the_way.is_empty() {
             return false;
         }
-        self.tools.ring.write(&lower.backing, &self.tools.buffers, &mut self.transfers);
+        lower.wait_for(|| self.tools.ring.write(&lower.backing, &self.tools.buffers, &mut self.transfers));
         let (mut failed, mut moved) = (None, 0);
         for i in 0..self.on_the_way.len() {
             let way = self.on_the_way[i];
@@ -199,11 +218,12 @@ impl Mover {
     }
 
     /// Lists the likeliest victims, the best first: those passed over for having been read come last.
-    fn choose(&mut self, s: &Shared, wanted: usize) {
+    fn choose(&mut self, s: &Shared, wanted: usize, idle_s: u32) {
         self.likely.clear();
+        let now = s.clock_s.load(Ordering::Relaxed);
         for id in (0..grow::known_segments(s)).map(SegmentId) {
             let Some((live, _, age)) = s.segments.sealed(&s.arena, id) else { continue };
-            if live == 0 {
+            if live == 0 || idle_s > 0 && now.saturating_sub(s.segments.past(&s.arena, id).0) < idle_s {
                 continue;
             }
             let one = (s.segments.is_raw(&s.arena, id), age, id);
@@ -248,21 +268,23 @@ impl Mover {
 
     /// Reads the emptiest extent back if free ones are short, and copies what is live of it.
     fn compact(&mut self, s: &Shared, lower: &Lower) -> bool {
-        if lower.free() >= lower.extents() / 8 || self.compact_after.is_some_and(|after| Instant::now() < after) {
-            return false;
-        }
-        self.compact_emptiest(s, lower)
+        lower.free() < lower.extents() / 8 && self.may_compact() && self.bring_up(s, lower, mostly_dead)
     }
 
-    fn compact_emptiest(&mut self, s: &Shared, lower: &Lower) -> bool {
+    fn may_compact(&self) -> bool {
+        self.compact_after.is_none_or(|after| Instant::now() >= after)
+    }
+
+    /// Copies what is live of the emptiest extent that is `wanted`, by its live and used bytes, to memory.
+    fn bring_up(&mut self, s: &Shared, lower: &Lower, wanted: impl Fn((u32, u32)) -> bool) -> bool {
         let emptiest = (0..grow::known_segments(s)).map(SegmentId).filter_map(|id| {
             let (live, used, _) = s.segments.sealed_below(&s.arena, id)?;
-            (live > 0 && live < used - used / 8).then_some((live, id))
+            (live > 0 && wanted((live, used))).then_some((live, id))
         });
         let Some((_, id)) = emptiest.min_by_key(|(live, _)| *live) else { return false };
         let Some(below) = s.segments.begin_cleaning_below(&s.arena, id) else { return false };
         let blocks = &mut self.tools.buffers[0][..below.used.div_ceil(PAYLOAD) * BLOCK_BYTES];
-        let read = lower.backing.read(blocks, lower.at(below.extent));
+        let read = lower.wait_for(|| lower.backing.read(blocks, lower.at(below.extent)));
         let plain = read.is_ok().then(|| lower.seal.open(blocks, 0, below.sequence)).flatten();
         let copied = plain.map(|plain| {
             let age_s = s.segments.past(&s.arena, id).0;
@@ -284,6 +306,10 @@ impl Mover {
         self.compact_after = Some(Instant::now() + pause);
         false
     }
+}
+
+fn mostly_dead((live, used): (u32, u32)) -> bool {
+    live < used - used / 8
 }
 
 /// What lies on the disk tier, and what became of reading and writing it.
@@ -309,5 +335,7 @@ pub(super) fn stats(s: &Shared, lower: &Lower) -> DiskStats {
             (page >> 32, page & 0xffff_ffff)
         }),
         failing: c.failing.load(Ordering::Relaxed),
+        draining: s.draining(),
+        writing_back: s.write_back.load(Ordering::Relaxed) != 0,
     }
 }

@@ -46,7 +46,7 @@ pub(super) fn wanted_ids(s: &Shared) -> u32 {
 
 /// Frames that the limit still allows to grow.
 pub(super) fn growable_frames(s: &Shared) -> u32 {
-    let left = s.config.limit_bytes.saturating_sub(s.held_bytes());
+    let left = s.limit_bytes().saturating_sub(s.held_bytes());
     (left / s.arena.segment_bytes() as u64) as u32
 }
 
@@ -120,7 +120,7 @@ impl Growth {
         let reserve = reserve_frames(&Demand {
             ram_bytes,
             free_bytes,
-            limit_bytes: s.config.limit_bytes,
+            limit_bytes: s.limit_bytes(),
             segment_bytes: s.arena.segment_bytes() as u64,
             frames_per_second: self.per_second,
         });
@@ -141,6 +141,8 @@ impl Growth {
             s.held_frames.fetch_add(1, Ordering::Release);
             self.grow_meta(&s)?;
         }
+        // A limit that was lowered: as frames come free, they go.
+        while s.held_bytes() > s.limit_bytes() && self.trade_frame(&s, least_reserve(&s.config)) {}
         self.give_back(&s, reserve);
         Ok(())
     }
@@ -172,7 +174,7 @@ impl Growth {
         let step_bytes = u64::from(META_STEP) * PAGE_BYTES as u64;
         let want = META_RESERVE.min(s.arena.max_meta() / 16);
         while s.arena.meta_ready() < want {
-            if s.held_bytes() + step_bytes > s.config.limit_bytes && !self.trade_frame(s) {
+            if s.held_bytes() + step_bytes > s.limit_bytes() && !self.trade_frame(s, 2) {
                 return Ok(());
             }
             let Some(first) = self.meta.lowest_absent() else { return Ok(()) };
@@ -189,8 +191,8 @@ impl Growth {
     }
 
     /// At the limit a free frame becomes room for metadata: without a leaf no page can be stored.
-    fn trade_frame(&mut self, s: &Shared) -> bool {
-        let Some(f) = s.arena.shrink_frame(2) else { return false };
+    fn trade_frame(&mut self, s: &Shared, keep: u32) -> bool {
+        let Some(f) = s.arena.shrink_frame(keep) else { return false };
         self.frames.clear(f.0);
         s.held_frames.fetch_sub(1, Ordering::Relaxed);
         true

@@ -19,6 +19,8 @@ use std::time::Duration;
 const EPOCH_PAGES: usize = 16;
 /// A blocking write that makes no progress for this long is refused.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// The same while the disk tier has not answered. As long as the kernel waits for a disk, by default.
+const PATIENCE_WITH_DISK: Duration = Duration::from_secs(30);
 
 /// Where a decoded group stood. A segment that was sealed then and still has that number has the same
 /// bytes; of one that was still open this is sure within one epoch only.
@@ -124,7 +126,7 @@ impl Lane {
         Ok(done)
     }
 
-    /// Writes all of the range, waiting for room up to two seconds without progress.
+    /// Writes all of the range, waiting for room as long as [`Lane::patience`] says.
     pub fn write(&mut self, offset: u64, data: &[u8]) -> Result<()> {
         let mut done = self.try_write(offset, data)?;
         let mut waited = Duration::ZERO;
@@ -201,8 +203,17 @@ impl Lane {
         Ok(())
     }
 
+    /// How long a write without any progress is to wait for room before it is refused: longer while the disk
+    /// tier, which is to make that room, has not answered.
+    pub fn patience(&self) -> Duration {
+        match &self.store.shared().lower {
+            Some(lower) if lower.is_waited_for() => PATIENCE_WITH_DISK,
+            _ => PATIENCE,
+        }
+    }
+
     fn wait(&self, waited: &mut Duration) -> Result<()> {
-        if *waited >= PATIENCE {
+        if *waited >= self.patience() {
             let refused = &self.store.shared().counters[self.index].refused;
             refused.store(refused.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
             return Err(Error::NoSpace);

@@ -30,6 +30,7 @@ mod standby;
 #[cfg(feature = "crash-points")]
 mod steps;
 mod survivors;
+mod tiers;
 
 pub use fetch::{Fetch, Taken};
 pub use kinds::PageKind;
@@ -93,6 +94,10 @@ pub(crate) struct Shared {
     pub recompressed: AtomicU64,
     /// All that is not cold is to be compressed again, whatever its age.
     pub recompress_all: AtomicBool,
+    /// Memory that may be held: the configuration's limit, or one set since.
+    pub limit: AtomicU64,
+    /// What is older than so many seconds, less one, is to go down, short of memory or not; 0: nothing.
+    pub write_back: AtomicU64,
     /// The host's seconds, as growth last saw them.
     pub clock_s: AtomicU32,
     growth: OnceLock<Thread>,
@@ -129,6 +134,8 @@ impl Shared {
             cleaned: AtomicU64::new(0),
             recompressed: AtomicU64::new(0),
             recompress_all: AtomicBool::new(false),
+            limit: AtomicU64::new(arena.limit(config.limit_bytes).unwrap_or(config.limit_bytes)),
+            write_back: AtomicU64::new(0),
             clock_s: AtomicU32::new(0),
             growth: OnceLock::new(),
             cleaner: OnceLock::new(),
@@ -145,6 +152,20 @@ impl Shared {
     pub fn held_bytes(&self) -> u64 {
         u64::from(self.held_frames.load(Ordering::Relaxed)) * self.arena.segment_bytes() as u64
             + u64::from(self.held_meta.load(Ordering::Relaxed)) * PAGE_BYTES as u64
+    }
+
+    pub fn limit_bytes(&self) -> u64 {
+        self.limit.load(Ordering::Relaxed)
+    }
+
+    /// The disk tier is to be empty: nothing goes there, and what is there comes back.
+    pub fn draining(&self) -> bool {
+        self.arena.drain().load(Ordering::Relaxed) != 0
+    }
+
+    /// Segments that may be expected to find room on the disk tier.
+    pub fn room_below(&self) -> u32 {
+        self.lower.as_ref().filter(|_| !self.draining()).map_or(0, Lower::room)
     }
 
     pub fn wake_growth(&self) {
@@ -326,7 +347,7 @@ impl Store {
             segment_bytes: s.arena.segment_bytes() as u64,
             reserve_bytes: u64::from(s.arena.frames_ready()) * s.arena.segment_bytes() as u64,
             held_bytes: s.held_bytes(),
-            limit_bytes: s.config.limit_bytes,
+            limit_bytes: s.limit_bytes(),
             map_bytes: s.map.nodes.load(Ordering::Relaxed) * PAGE_BYTES as u64,
             table_bytes: u64::from(known) * crate::arena::SEGMENT_ENTRY_BYTES as u64,
             read_pages: sum_u(|c| &c.reads),

@@ -12,6 +12,7 @@
 
 use super::append::{Appender, Outcome};
 use super::survivors::{relocate, word_of};
+use super::tiers::hot_limit;
 use super::Shared;
 use crate::codec::{FILL, RAW};
 use crate::config::Cold;
@@ -104,9 +105,9 @@ impl Recompressor {
         let ((written, _), id) = oldest?;
         let heat = Heat {
             hot_bytes: count * s.arena.segment_bytes() as u64,
-            hot_limit: s.config.hot_bytes,
+            hot_limit: hot_limit(s),
             held_bytes: s.held_bytes(),
-            limit_bytes: s.config.limit_bytes,
+            limit_bytes: s.limit_bytes(),
             oldest_s: s.clock_s.load(Ordering::Relaxed).saturating_sub(written),
             idle_s: self.cold.idle_s,
         };

@@ -62,6 +62,8 @@ pub(crate) struct Lower {
     pub counts: Counts,
     /// It may be written to: no write of an earlier store is on its way any more.
     pub claimed: AtomicBool,
+    /// The mover waits for the disk at this moment.
+    waiting: AtomicBool,
     extents: u32,
     extent_bytes: u64,
     taken: AtomicU32,
@@ -80,6 +82,7 @@ impl Lower {
             id,
             counts: Counts::default(),
             claimed: AtomicBool::new(false),
+            waiting: AtomicBool::new(false),
             extents,
             extent_bytes,
             taken: AtomicU32::new(0),
@@ -118,6 +121,19 @@ impl Lower {
             || self.backing.claim().is_ok() && self.backing.check(&self.id).is_ok();
         self.claimed.store(claimed, Ordering::Relaxed);
         claimed
+    }
+
+    /// Does what waits for the disk. Mover only.
+    pub fn wait_for<T>(&self, body: impl FnOnce() -> T) -> T {
+        self.waiting.store(true, Ordering::Relaxed);
+        let done = body();
+        self.waiting.store(false, Ordering::Relaxed);
+        done
+    }
+
+    /// The disk has not answered the mover yet: it is slow, which is not the same as full.
+    pub fn is_waited_for(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed)
     }
 
     /// Byte offset of an extent on the backing.
@@ -169,7 +185,7 @@ impl Lower {
             }
             extent
         };
-        self.backing.discard(self.at(ExtentNo(extent)), self.extent_bytes);
+        self.wait_for(|| self.backing.discard(self.at(ExtentNo(extent)), self.extent_bytes));
         true
     }
 }

@@ -200,17 +200,22 @@ impl Agent {
                     "{path} is in use as swap: swap it off first, with ghostswap-ublk swapoff"
                 ));
             }
-            Request::Stop { .. } => r#"{"cmd":"stop"}"#,
-            Request::Resize { bytes } => &format!(r#"{{"cmd":"resize","bytes":{bytes}}}"#),
-            Request::Recompress => r#"{"cmd":"recompress"}"#,
+            Request::Stop { .. } => r#"{"cmd":"stop"}"#.to_owned(),
             Request::Upgrade { program, order } => {
                 return match program.to_str().is_some_and(|path| self.shared.ask_upgrade(path, order)) {
                     true => Answer::done(),
                     false => Answer::refusal("the program's path is too long or not UTF-8"),
                 }
             }
+            for_the_worker @ (Request::Resize { .. }
+            | Request::Recompress
+            | Request::WriteBack { .. }
+            | Request::Tier { .. }) => match serde_json::to_string(&for_the_worker) {
+                Ok(text) => text,
+                Err(e) => return Answer::refusal(e.to_string()),
+            },
         };
-        self.ask_worker(text)
+        self.ask_worker(&text)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::slotfree::Wish;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use ghostswap::config::{parse_size, TierConfig};
+use ghostswap::config::{parse_size, parse_time, Limit, TierConfig};
 use ghostswap::MAX_VOLUME_BYTES;
 use std::path::PathBuf;
 
@@ -43,6 +43,11 @@ pub enum Command {
     Swapoff(SwapOffArgs),
     /// Compress again, now, all pages that the second tier would come to when they have lain still
     Recompress(Recompress),
+    /// Move to the disk tier, now, all pages that were written some time ago
+    Writeback(WriteBack),
+    /// List the tiers of a device, or change them while it is in use
+    #[command(subcommand)]
+    Tier(Tier),
     /// Make a live device larger
     Resize(Resize),
     /// Replace the running daemon of a device by this program, while the device is in use
@@ -170,6 +175,45 @@ pub struct Recompress {
     pub id: u32,
 }
 
+/// `writeback`.
+#[derive(Args)]
+pub struct WriteBack {
+    /// Number of the device
+    pub id: u32,
+    /// Only what was written so long ago, as in 10m
+    #[arg(long, value_name = "AGE", value_parser = parse_time, default_value = "0")]
+    pub idle: u32,
+}
+
+/// `tier`.
+#[derive(Subcommand)]
+pub enum Tier {
+    /// What each tier may hold and holds
+    List {
+        /// Number of the device
+        id: u32,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Change how much memory the first tier may hold
+    Set {
+        /// Number of the device
+        id: u32,
+        /// As in ram,limit=4G or ram,limit=40%
+        #[arg(value_name = "SPEC", value_parser = memory_limit)]
+        limit: String,
+    },
+    /// Empty the disk tier into memory, as far as that has room, and use it no more
+    Drain {
+        /// Number of the device
+        id: u32,
+        /// Use it again
+        #[arg(long)]
+        stop: bool,
+    },
+}
+
 /// `resize`.
 #[derive(Args)]
 pub struct Resize {
@@ -226,6 +270,14 @@ fn rate(text: &str) -> Result<u64, String> {
     }
 }
 
+/// What `tier set` can change.
+fn memory_limit(text: &str) -> Result<String, String> {
+    match text.strip_prefix("ram,limit=") {
+        Some(limit) if !limit.contains(',') => limit.parse::<Limit>().map(|_| limit.to_owned()),
+        _ => Err("only the memory limit can be set, as in ram,limit=4G".into()),
+    }
+}
+
 fn tier(text: &str) -> Result<TierConfig, String> {
     text.parse()
 }
@@ -239,6 +291,15 @@ mod tests {
     fn command_line_is_consistent() {
         Cli::command().debug_assert();
         assert!(tier(DEFAULT_TIER).is_ok());
+    }
+
+    #[test]
+    fn only_a_limit_can_be_set() {
+        assert_eq!(memory_limit("ram,limit=1G").as_deref(), Ok("1G"));
+        assert_eq!(memory_limit("ram,limit=40%").as_deref(), Ok("40%"));
+        for bad in ["ram", "limit=1G", "ram,limit=0%", "ram,limit=1G,codec=lz4", "disk,limit=1G"] {
+            assert!(memory_limit(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -9,6 +9,8 @@
 //! | `{"cmd":"swapon","what":"windows"}` | `{"ok":true}` once it is swapped to; also `"whole"`, `{"window":BYTES}` |
 //! | `{"cmd":"swapoff"}` | `{"ok":true}`: the daemon opens and closes no more windows |
 //! | `{"cmd":"recompress"}` | `{"ok":true}`: all that is not cold yet will be compressed again |
+//! | `{"cmd":"writeback","idle_s":600}` | `{"ok":true}`: what is so old goes to the disk tier; status tells when it is over |
+//! | `{"cmd":"tier","what":{"limit":"4G"}}` | `{"ok":true}`: so much memory may be held; also `{"drain":true}` |
 //! | `{"cmd":"upgrade","program":"/path","order":7}` | `{"ok":true}` once the supervisor was told; status tells the rest |
 //!
 //! A refusal is `{"ok":false,"error":"one line"}`. The agent serves it; a client that sends nothing
@@ -59,6 +61,16 @@ pub enum Request {
     SwapOff {},
     /// Compress again, now, all that the second tier would come to in time.
     Recompress,
+    /// Move to the disk tier what was written so many seconds ago.
+    WriteBack {
+        /// How many.
+        idle_s: u32,
+    },
+    /// Change a tier.
+    Tier {
+        /// How.
+        what: TierChange,
+    },
     /// Replace supervisor and worker by this program's.
     Upgrade {
         /// Its path.
@@ -80,6 +92,16 @@ pub enum SwapOn {
     Window(u64),
     /// As one area.
     Whole,
+}
+
+/// What can be changed of tiers.
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
+#[serde(rename_all = "lowercase")]
+pub enum TierChange {
+    /// How much memory may be held, as `--tier` has it.
+    Limit(String),
+    /// Whether the disk tier is to be empty.
+    Drain(bool),
 }
 
 /// An answer.

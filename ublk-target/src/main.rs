@@ -23,12 +23,14 @@ mod handover;
 mod heir;
 mod log;
 mod notify;
+mod progress;
 mod protect;
 mod queue;
 mod shortage;
 mod signals;
 mod slotfree;
 mod supervise;
+mod tiers;
 mod unit;
 mod windows;
 mod worker;
@@ -57,6 +59,8 @@ fn main() -> ExitCode {
         Command::Swapon(how) => windows::swap_on(how.id, wanted(&how)),
         Command::Swapoff(what) => windows::swap_off(what.id, what.window, what.rate),
         Command::Recompress(which) => carry_out(which.id, &Request::Recompress),
+        Command::Writeback(which) => tiers::write_back(which.id, which.idle),
+        Command::Tier(tier) => tiers::run(tier),
         Command::Resize(resize) => carry_out(resize.id, &Request::Resize { bytes: resize.size }),
         Command::Upgrade(upgrade) => run_upgrade(upgrade.id, upgrade.program),
         Command::Formats => {
@@ -123,7 +127,7 @@ fn wanted(how: &cli::SwapOnArgs) -> SwapOn {
 }
 
 /// The device's answer to `status`: its JSON form and the report for people.
-fn describe(id: u32) -> Result<Option<(Value, String)>> {
+pub(crate) fn describe(id: u32) -> Result<Option<(Value, String)>> {
     let Some(answer) = control::ask(id, &Request::Status)? else { return Ok(None) };
     match (answer.device, answer.report) {
         (Some(device), Some(report)) => Ok(Some((device, report))),
@@ -178,7 +182,7 @@ fn status(id: Option<u32>, as_json: bool) -> Result<()> {
 }
 
 /// Has the daemon of a device do something of which there is nothing to tell.
-fn carry_out(id: u32, request: &Request) -> Result<()> {
+pub(crate) fn carry_out(id: u32, request: &Request) -> Result<()> {
     match control::ask(id, request)? {
         Some(answer) if answer.ok => Ok(()),
         Some(answer) => bail!("{}", answer.error.unwrap_or_else(|| "the daemon refused".into())),

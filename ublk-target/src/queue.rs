@@ -7,9 +7,9 @@
 //! arrived requests come first, so a 512 KiB swap-out does not hold a page fault back.
 //!
 //! A write for which the store has no room is parked: it keeps its place while the thread serves
-//! reads and sleeps on a timer, and fails with ENOSPC after [`PATIENCE`] without progress. Refusals
-//! are at least [`REFUSAL_PAUSE`] apart: the kernel resubmits a refused page at once, and a
-//! queue that answered at full speed would do nothing else.
+//! reads and sleeps on a timer, and fails with ENOSPC after two seconds without progress (longer while a
+//! disk has not answered, `Lane::patience`). Refusals are at least [`REFUSAL_PAUSE`] apart: the kernel
+//! resubmits a refused page at once, and a queue that answered at full speed would do nothing else.
 //!
 //! With the slot-free feed a write remembers its gate when it is accepted, and none of it is stored
 //! before all that the kernel told earlier was applied (`slotfree/ring.rs`): what is in the way of a
@@ -44,8 +44,6 @@ use fetch::{Fetches, Read, FETCH, FETCHES};
 
 /// Bytes moved between the kernel and the store at a time.
 pub const SLICE_BYTES: usize = 64 << 10;
-/// How long a write without progress waits for room.
-const PATIENCE: Duration = Duration::from_secs(2);
 /// How soon a parked write is tried again.
 const RETRY: Duration = Duration::from_millis(4);
 /// Least time between two refusals of one queue.
@@ -149,8 +147,8 @@ struct Server<'a> {
     answered: bool,
 }
 
-/// What a queue's thread waits for.
-type Job = (Arc<UblkDev>, Lane);
+/// What a queue's thread waits for: what to set up, then that it may fetch.
+type Job = Option<(Arc<UblkDev>, Lane)>;
 
 /// A queue's thread, started and with its ring, that waits for its device.
 pub struct Idle {
@@ -189,25 +187,42 @@ impl Idle {
             let fetches = Fetches::new(depth, fetch_bytes);
             let _ = tell.send(prepared);
             // No job comes if the standby was not needed.
-            let (false, Ok((dev, lane))) = (failed, given.recv()) else { return };
-            let ready = || drop(tell.send(Ok(0)));
-            if let Err(e) = serve(qid, &dev, lane, shared.board, (feed, fetches), ready) {
+            let (false, Ok(Some((dev, lane)))) = (failed, given.recv()) else { return };
+            let done = || tell.send(Ok(0)).is_ok();
+            let go_on = || done() && matches!(given.recv(), Ok(None));
+            if let Err(e) = serve(qid, &dev, lane, shared.board, (feed, fetches), go_on, done) {
                 let _ = tell.send(Err(e));
             }
         };
         let thread = std::thread::Builder::new().name(format!("gs-queue{qid}")).stack_size(STACK_BYTES);
         let thread = thread.spawn(body).context("cannot start a queue's thread")?;
-        let tid = news.recv().context("a queue's thread died")??;
-        Ok(Idle { qid, tid, jobs, news, thread })
+        let mut idle = Idle { qid, tid: 0, jobs, news, thread };
+        idle.tid = idle.wait()?;
+        Ok(idle)
     }
 
-    /// Has the queue served. Returns once it is ready to fetch: the driver's start command waits
-    /// for all of them, however long.
-    pub fn run(self, dev: &Arc<UblkDev>, lane: Lane) -> Result<Running> {
-        self.jobs.send((dev.clone(), lane)).ok().context("a queue's thread died")?;
-        self.news.recv().context("a queue's thread died")??;
-        Ok(Running { qid: self.qid, tid: self.tid, thread: self.thread })
+    fn order(&self, job: Job) -> Result<()> {
+        self.jobs.send(job).ok().context("a queue's thread died")
     }
+
+    fn wait(&self) -> Result<libc::pid_t> {
+        self.news.recv().context("a queue's thread died")?
+    }
+}
+
+/// Has the queues serve. Returns once all of them fetch: the driver's start command waits for that, however
+/// long.
+///
+/// First all are set up, then all fetch, at once: Linux 6.12 crashes at the next claim when a worker
+/// dies after one of its queues fetched and before another did.
+pub fn run(idle: Vec<Idle>, dev: &Arc<UblkDev>, lane: impl Fn() -> ghostswap::Result<Lane>) -> Result<Vec<Running>> {
+    for queue in &idle {
+        queue.order(Some((dev.clone(), lane()?)))?;
+    }
+    idle.iter().try_for_each(|queue| queue.wait().map(drop))?;
+    idle.iter().try_for_each(|queue| queue.order(None))?;
+    idle.iter().try_for_each(|queue| queue.wait().map(drop))?;
+    Ok(idle.into_iter().map(|queue| Running { qid: queue.qid, tid: queue.tid, thread: queue.thread }).collect())
 }
 
 /// All that needs no device.
@@ -219,15 +234,15 @@ fn prepare(qid: u16, depth: u16) -> Result<libc::pid_t> {
     Ok(unsafe { libc::gettid() })
 }
 
-/// Sets the queue up, calls `ready` once its fetch commands are prepared, and serves it until the
-/// device stops.
+/// Sets the queue up; if `go_on` says so, fetches, calls `fetched`, and serves it until the device stops.
 fn serve(
     qid: u16,
     dev: &UblkDev,
     lane: Lane,
     board: &Board,
     (feed, mut fetches): (Option<Arc<Feed>>, Fetches),
-    ready: impl FnOnce(),
+    go_on: impl FnOnce() -> bool,
+    fetched: impl FnOnce() -> bool,
 ) -> Result<()> {
     let depth = dev.dev_info.queue_depth;
     let queue = UblkQueue::new(qid, dev)
@@ -254,10 +269,13 @@ fn serve(
         live: false,
         answered: false,
     };
+    if !go_on() {
+        return Ok(());
+    }
     // Submitting asks the kernel for memory, a request's worth for each tag: in a take-over that is
     // for a real-time thread to do, and `start` waits for it.
     with_task_io_ring_mut(|ring| ring.submit()).context("cannot submit the fetch commands")?;
-    ready();
+    fetched();
     server.run(&queue);
     Ok(())
 }
@@ -451,11 +469,12 @@ impl Server<'_> {
         };
         // A refusal long ago belongs to another shortage, whose patience must not be charged to
         // this one.
-        let old = self.last_refusal > self.stuck_since && since_refusal >= Some(PATIENCE);
+        let patience = self.lane.patience();
+        let old = self.last_refusal > self.stuck_since && since_refusal >= Some(patience);
         if waited.is_zero() || old {
             self.counters.parked.fetch_add(1, Ordering::Relaxed);
             self.stuck_since = Some(now);
-        } else if waited >= PATIENCE && since_refusal.is_none_or(|d| d >= REFUSAL_PAUSE) {
+        } else if waited >= patience && since_refusal.is_none_or(|d| d >= REFUSAL_PAUSE) {
             // `stuck_since` stays: the next write is refused after the pause, not after another
             // spell of patience, until one makes progress.
             self.last_refusal = Some(now);

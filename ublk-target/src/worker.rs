@@ -13,7 +13,7 @@
 use crate::board::Shared;
 use crate::claim::Claim;
 use crate::cli::{self, Add, DEFAULT_TIER};
-use crate::control::{Answer, Request};
+use crate::control::{Answer, Request, TierChange};
 use crate::handover::HANDOVER_VERSION;
 use crate::heir::Guard;
 use crate::protect::Usage;
@@ -200,8 +200,8 @@ impl<'a> Ready<'a> {
         // The driver makes no more queues than there are CPUs; threads left over end.
         let count = usize::from(dev.dev_info.nr_hw_queues);
         self.shared.board.queues.store(count as u64, Ordering::Relaxed);
-        let idle = self.queues.into_iter().take(count);
-        let queues = idle.map(|q| q.run(&dev, volume.lane()?)).collect::<Result<_>>()?;
+        let idle = self.queues.into_iter().take(count).collect();
+        let queues = queue::run(idle, &dev, || volume.lane())?;
         steps.done("queues");
         ctrl.start_dev(&dev)
             .map_err(|e| anyhow!("the ublk driver cannot start the device: {}", device::describe(&e)))?;
@@ -270,6 +270,9 @@ impl Device {
                     Ok(Request::Recompress) => {
                         (Answer::refusal("the device has no second tier: give --tier twice"), false)
                     }
+                    Ok(Request::WriteBack { idle_s }) => (told(self.store.write_back(idle_s)), false),
+                    Ok(Request::Tier { what: TierChange::Limit(limit) }) => (self.set_limit(&limit), false),
+                    Ok(Request::Tier { what: TierChange::Drain(drain) }) => (told(self.store.drain_disk(drain)), false),
                     Ok(Request::Resize { bytes }) => (self.resize(bytes), false),
                     Ok(_) => (Answer::refusal("that is not the worker's to do"), false),
                     Err(e) => (Answer::refusal(format!("bad request: {e}")), false),
@@ -290,7 +293,7 @@ impl Device {
             live_bytes: stats.live_bytes,
             held_bytes: stats.held_bytes,
             limit_bytes: stats.limit_bytes,
-            disk_bytes: stats.disk.filter(|disk| !disk.failing).map_or(0, |disk| disk.capacity_bytes),
+            disk_bytes: stats.disk.filter(|disk| !disk.failing && !disk.draining).map_or(0, |disk| disk.capacity_bytes),
         });
     }
 
@@ -316,6 +319,10 @@ impl Device {
                 tracing::warn!("delete: {}", device::describe(&e));
             }
         }
+    }
+
+    fn set_limit(&self, limit: &str) -> Answer {
+        limit.parse().map_or_else(|e: String| Answer::refusal(e), |limit| told(self.store.set_limit(limit)))
     }
 
     /// The volume first: the kernel must not ask for what is not there.
@@ -367,6 +374,7 @@ impl Device {
             "oom_victims": count(&board.victims),
             "slot_free": slot_free,
             "stats": stats,
+            "tiers": self.store.tiers(),
         });
         Answer { ok: true, device: Some(device), report: Some(format!("{stats}\n{slot_free_line}\n")), error: None }
     }
@@ -399,4 +407,8 @@ impl Device {
         }
         *reported = now;
     }
+}
+
+fn told(done: ghostswap::Result<()>) -> Answer {
+    done.map_or_else(|e| Answer::refusal(e.to_string()), |()| Answer::done())
 }

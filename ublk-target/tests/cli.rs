@@ -33,6 +33,11 @@ fn wrong_usage_exits_with_2() {
         &["stop"],
         &["add", "--or-upgrade"],
         &["doctor", "0"],
+        &["tier"],
+        &["tier", "list"],
+        &["tier", "set", "0", "disk,limit=1G"],
+        &["tier", "set", "0", "ram,codec=lz4"],
+        &["writeback", "0", "--idle", "ever"],
         &["frob"],
         &[],
     ] {
@@ -69,7 +74,16 @@ fn missing_driver_is_one_line() {
 
 #[test]
 fn unknown_device_is_one_line() {
-    for args in [&["del", "987654"][..], &["del", "987654", "--force"], &["stop", "987654"], &["status", "987654"]] {
+    for args in [
+        &["del", "987654"][..],
+        &["del", "987654", "--force"],
+        &["stop", "987654"],
+        &["status", "987654"],
+        &["writeback", "987654"],
+        &["tier", "list", "987654"],
+        &["tier", "set", "987654", "ram,limit=1G"],
+        &["tier", "drain", "987654"],
+    ] {
         let output = ghostswap(args);
         let said = stderr(&output);
         assert_eq!(output.status.code(), Some(1), "{args:?}: {said}");

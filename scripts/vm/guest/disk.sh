@@ -23,6 +23,19 @@ if [ "$kind" = block ] && mkfs.ext4 -q -F /dev/vda 2> /dev/null; then echo "some
 : > /tmp/hog.out
 ghostswap-hog --mib "$hog" --threads 2 --seconds "$seconds" --thp "$thp" --hold --check-all > /tmp/hog.out 2>&1 &
 hogpid=$!
+if [ "$kind" = file ]; then
+    # A disk that does not answer for longer than a full store lets a write wait.
+    for _ in $(seq 600); do
+        written=$(number written_segments) || written=0
+        [ "${written:-0}" -lt 40 ] || break
+        sleep 0.2
+    done
+    echo "the file system is frozen with $(number written_segments) segments written"
+    fsfreeze --freeze /mnt
+    sleep 6
+    fsfreeze --unfreeze /mnt
+    echo "and thawed with $(number written_segments), $(number writes_parked) writes parked"
+fi
 died=0
 while kill -0 $hogpid 2> /dev/null && ! grep -q touches/s /tmp/hog.out; do
     sleep 1
@@ -38,7 +51,28 @@ echo "--- free -m"; free -m
 echo "--- status"; ghostswap-ublk status
 [ $died = "$deaths" ] || { echo "only $died of $deaths deaths"; rc=1; }
 [ "$(number written_segments)" -gt 0 ] || { echo "nothing went to disk"; rc=1; }
+[ "$(number writes_refused)" = 0 ] || { echo "$(number writes_refused) writes were refused"; rc=1; }
 echo "longest take-over: $(number longest_take_over_us) us of $(number taken_over)"
+echo "--- tiers, by hand"
+ghostswap-ublk tier list 0
+fail() { echo "FAILED: $*"; rc=1; }
+limit() { number limit_bytes; }
+before=$(limit)
+ghostswap-ublk tier set 0 ram,limit=$((before / 4 * 3)) || fail "a lower limit"
+[ "$(limit)" = $((before / 4 * 3)) ] || fail "the limit is $(limit)"
+for _ in $(seq 30); do [ "$(number held_bytes)" -gt "$(limit)" ] || break; sleep 1; done
+[ "$(number held_bytes)" -le "$(limit)" ] || fail "$(number held_bytes) bytes held with a limit of $(limit)"
+kill -9 "$(number pid)" || fail "no worker"
+sleep 2
+[ "$(limit)" = $((before / 4 * 3)) ] || fail "the next worker's limit is $(limit)"
+! ghostswap-ublk tier set 0 ram,limit=$((before * 2)) || fail "a limit above the first was taken"
+ghostswap-ublk tier set 0 ram,limit=$before || fail "the limit as it was"
+ghostswap-ublk writeback 0 --idle 1h || fail "nothing to write back"
+ghostswap-ublk writeback 0 || fail "writeback"
+# There is no room for all of it: stopped, the tier is used again.
+! timeout 5 ghostswap-ublk tier drain 0 || fail "drained to where there is no room"
+ghostswap-ublk tier list 0 | grep -q '^disk.* used ' || fail "still being drained"
+ghostswap-ublk tier list 0
 kill $hogpid 2> /dev/null || rc=1
 wait $hogpid 2> /dev/null || [ $? -eq 143 ] || rc=1
 grep -q ' 0 errors$' /tmp/hog.out || { echo "the hog found wrong pages"; rc=1; }
@@ -46,6 +80,8 @@ sleep 3
 ghostswap-ublk swapoff 0
 sleep 2
 [ "$(number stored_pages)" = 0 ] || { echo "pages are still stored: $(number stored_pages)"; rc=1; }
+ghostswap-ublk tier drain 0 || fail "what is empty cannot be drained"
+ghostswap-ublk tier drain 0 --stop
 [ "$(number used_bytes)" -lt $((8 << 20)) ] || { echo "the disk is not given back: $(number used_bytes)"; rc=1; }
 ghostswap-ublk del 0
 if dmesg | grep -E 'Write-error|Read-error|I/O error|Out of memory|page allocation stall|blocked for more'; then rc=1; fi

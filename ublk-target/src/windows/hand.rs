@@ -1,22 +1,16 @@
 //! `swapon` and `swapoff`: windows by hand. Opening is asked of the agent; swapping off is done by the
 //! command itself, so that it shows how far it is and is broken off by ending the command.
 
-use super::retreat::{Progress, Retreat};
+use super::retreat::{Progress as Step, Retreat};
 use super::{areas, Swaps, PAGE_BYTES};
 use crate::control::{self, Request, SwapOn};
+use crate::progress::Progress;
 use crate::unit::check_room;
 use anyhow::{anyhow, bail, Context, Result};
-use ghostswap::config::format_size;
-use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 const STEP: Duration = Duration::from_millis(20);
-/// How often to say how far it is, on a terminal and elsewhere.
-const TELL_TERMINAL: Duration = Duration::from_millis(200);
-const TELL_FILE: Duration = Duration::from_secs(5);
-const BAR: u64 = 30;
-
 /// Has the device used as swap.
 pub fn swap_on(id: u32, what: SwapOn) -> Result<()> {
     if what == SwapOn::Whole {
@@ -69,33 +63,15 @@ pub fn swap_off(id: u32, number: Option<u32>, rate: Option<u64>) -> Result<()> {
 
 fn retreat(swaps: &mut Swaps, path: &str, rate: Option<u64>) -> Result<()> {
     let mut retreat = Retreat::new(Path::new(path), rate)?;
-    let terminal = std::io::stderr().is_terminal();
-    let (mut told, mut first) = (Instant::now(), None);
+    let what = format!("swapoff {path}");
+    let mut shown = Progress::new(&what);
     loop {
         let used = swaps.areas()?.iter().find(|a| a.path == path).map_or(0, |a| a.used);
-        let first = *first.get_or_insert(used);
-        let over = retreat.step(used)? == Progress::Over;
-        if over || told.elapsed() >= if terminal { TELL_TERMINAL } else { TELL_FILE } {
-            tell(terminal, path, first, if over { 0 } else { used }, over);
-            told = Instant::now();
-        }
+        let over = retreat.step(used)? == Step::Over;
+        shown.tell(if over { 0 } else { used * PAGE_BYTES }, over);
         if over {
             return Ok(());
         }
         std::thread::sleep(STEP);
     }
-}
-
-fn tell(terminal: bool, path: &str, first: u64, left: u64, over: bool) {
-    let done = (BAR * (first - left.min(first))).checked_div(first).unwrap_or(BAR);
-    let line = format!(
-        "swapoff {path} [{}{}] {} of {} left",
-        "#".repeat(done as usize),
-        ".".repeat((BAR - done) as usize),
-        format_size(left * PAGE_BYTES),
-        format_size(first * PAGE_BYTES)
-    );
-    let (begin, end) = if terminal { ("\r\x1b[K", if over { "\n" } else { "" }) } else { ("", "\n") };
-    // Whoever closed the terminal does not want to know.
-    let _ = write!(std::io::stderr(), "{begin}{line}{end}");
 }
