@@ -76,14 +76,17 @@ impl Export {
 pub struct Exports(Vec<Export>);
 
 impl Exports {
-    pub fn create(store: &Store, wanted: &[ExportConfig]) -> ghostswap::Result<Exports> {
+    /// Each has the volume of its number: one that an earlier worker made, or a new one.
+    pub fn open(store: &Store, wanted: &[ExportConfig]) -> ghostswap::Result<Exports> {
+        let mut there = store.volumes().into_iter();
         let mut all: Vec<Export> = Vec::with_capacity(wanted.len());
         for config in wanted {
             if all.iter().any(|export| export.name == config.name) {
                 let why = format!("two exports are named '{}'", config.name);
                 return Err(ghostswap::Error::InvalidConfig(why));
             }
-            let (name, volume) = (config.name.clone(), store.create_volume(config.size)?);
+            let name = config.name.clone();
+            let volume = there.next().map_or_else(|| store.create_volume(config.size), Ok)?;
             let (read_only, clients) = (config.read_only, config.clients.clone());
             all.push(Export { name, volume, read_only, clients, refused_writes: AtomicU64::new(0) });
         }

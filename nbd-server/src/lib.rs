@@ -1,6 +1,6 @@
 //! The NBD server without its command line: what `ghostswap-nbd`, its tests and its fuzz targets share.
 //!
-//! A connection's way: `listen` accepts it, `server` counts it and gives it a thread, `handshake` agrees
+//! `supervise` keeps the arena and the listening sockets, and a worker that serves. A connection's way: `listen` accepts it, `server` counts it and gives it a thread, `handshake` agrees
 //! on an export and a form of messages, `transmission` answers requests through one `Lane`. Below them
 //! `wire` buffers bytes, in TLS or plain, over any `transport`; `proto` alone knows the layout of messages.
 #![forbid(unsafe_code)]
@@ -14,6 +14,7 @@ pub mod listen;
 pub mod parked;
 pub mod proto;
 pub mod server;
+pub mod supervise;
 pub mod tls;
 pub mod transmission;
 pub mod transport;

@@ -28,6 +28,13 @@ impl Drop for Listener {
     }
 }
 
+impl Listener {
+    /// One that somebody else made, and removes.
+    pub fn of(socket: Socket, name: String) -> Listener {
+        Listener { socket, name, file: None }
+    }
+}
+
 pub fn unix(path: &Path) -> Result<Listener> {
     remove_stale(path)?;
     let place = || format!("cannot listen at {}", path.display());
@@ -52,7 +59,7 @@ pub fn tcp(address: &str) -> Result<Listener> {
         match bound {
             Ok(socket) => {
                 let told = socket.local_addr().ok().and_then(|address| address.as_socket());
-                return Ok(Listener { socket, name: format!("tcp {}", told.unwrap_or(address)), file: None });
+                return Ok(Listener::of(socket, format!("tcp {}", told.unwrap_or(address))));
             }
             Err(error) => failed = Some(error),
         }
@@ -71,7 +78,7 @@ pub fn vsock(port: u32) -> Result<Listener> {
     let socket = Socket::new(Domain::VSOCK, Type::STREAM, None).with_context(place)?;
     socket.bind(&SockAddr::vsock(ANY, port)).with_context(place)?;
     socket.listen(BACKLOG).with_context(place)?;
-    Ok(Listener { socket, name: format!("vsock port {port}"), file: None })
+    Ok(Listener::of(socket, format!("vsock port {port}")))
 }
 
 /// Those that systemd listens at for us (LISTEN_FDS). It removes what it made.
@@ -86,7 +93,7 @@ pub fn from_systemd() -> Result<Vec<Listener>> {
         }
         // Whoever made it may have it not block; we have a thread for it that may.
         socket.set_nonblocking(false)?;
-        Ok(Listener { socket, name, file: None })
+        Ok(Listener::of(socket, name))
     });
     taken.collect()
 }

@@ -6,13 +6,14 @@
 
 use anyhow::{Context, Result};
 use clap::{ArgGroup, Parser, ValueEnum};
-use ghostswap::{Store, StoreConfig, TierConfig};
+use ghostswap::{create_arena, Store, StoreConfig, TierConfig};
 use ghostswap_nbd::export::{ExportConfig, Exports};
 use ghostswap_nbd::handshake::Offer;
 use ghostswap_nbd::listen;
 use ghostswap_nbd::server::{Limits, Server};
+use ghostswap_nbd::supervise::{self, Given};
 use ghostswap_nbd::tls::{Tls, TlsFiles};
-use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
+use signal_hook::consts::{SIGCHLD, SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
@@ -146,7 +147,7 @@ fn main() -> ExitCode {
         .log_internal_errors(false)
         .init();
     match run(&args) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             complain(format_args!("{error:#}"));
             match error.downcast_ref() {
@@ -157,38 +158,47 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(args: &Args) -> Result<()> {
+fn run(args: &Args) -> Result<ExitCode> {
+    if let Some(given) = supervise::given()? {
+        return serve(args, given).map(|()| ExitCode::SUCCESS);
+    }
     // First of all, so that no signal finds the socket made and nobody to remove it.
-    let mut signals = Signals::new([SIGTERM, SIGINT, SIGUSR1]).context("cannot catch signals")?;
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGUSR1, SIGCHLD]).context("cannot catch signals")?;
     let mut listeners = listen::from_systemd()?;
     if listeners.is_empty() && args.unix.is_none() && args.tcp.is_none() && args.vsock.is_none() {
         return Err(bad_usage("nowhere to listen: give --unix, --tcp or --vsock, or have systemd listen".into()));
     }
+    listeners.extend(args.tcp.as_deref().map(listen::tcp).transpose()?);
+    listeners.extend(args.vsock.map(listen::vsock).transpose()?);
+    listeners.extend(args.unix.as_deref().map(listen::unix).transpose()?);
+    supervise::run(&mut signals, &create_arena(false)?, &listeners)
+}
+
+/// A worker's life.
+fn serve(args: &Args, mut given: Given) -> Result<()> {
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGUSR1]).context("cannot catch signals")?;
     let tls = args.tls()?;
     let mut config = StoreConfig { tiers: args.tier.clone(), ..StoreConfig::default() };
     if let Some(lanes) = args.max_lanes {
         config.max_lanes = lanes.into();
     }
     let connections = args.max_connections.map_or(config.max_lanes + NEGOTIATING, |most| most as usize);
-    let store = Store::open(config)?;
+    let store = Store::open_arena(config, given.arena.try_clone().context("cannot keep the arena")?)?;
     let offer = Offer {
-        exports: Exports::create(&store, &args.export)?,
+        exports: Exports::open(&store, &args.export)?,
         tls,
         handshake_time: Duration::from_secs(args.handshake_time.into()),
     };
     let idle_time = args.idle_time.map(|seconds| Duration::from_secs(seconds.into()));
     let server = Server::new(offer, Limits { connections, idle_time });
-    listeners.extend(args.tcp.as_deref().map(listen::tcp).transpose()?);
-    listeners.extend(args.vsock.map(listen::vsock).transpose()?);
-    listeners.extend(args.unix.as_deref().map(listen::unix).transpose()?);
-    listeners.iter().try_for_each(|listener| server.accept_on(listener))?;
+    given.listeners.iter().try_for_each(|listener| server.accept_on(listener))?;
+    given.serves()?;
     for signal in signals.forever() {
         if signal != SIGUSR1 {
             break;
         }
         info!("statistics: {} parked writes refused\n{}", server.refused_writes(), store.stats());
     }
-    drop(listeners);
     server.end();
     info!("ended: {} parked writes refused\n{}", server.refused_writes(), store.stats());
     Ok(())

@@ -68,7 +68,7 @@ fn sixteen_tebibytes_cost_nothing_until_written() {
     qemu_io(&server.uri("a"), &[&write, "write -P 4 8T 64k", "write -P 5 0 4k"]);
     qemu_io(&server.uri("a"), &[&read, "read -P 4 8T 64k", "read -P 5 0 4k", "read -P 0 12T 16M"]);
     qemu_io(&server.uri("a"), &["discard 0 1G", "read -P 0 0 4k"]);
-    let status = std::fs::read_to_string(format!("/proc/{}/status", server.child.id())).unwrap();
+    let status = std::fs::read_to_string(format!("/proc/{}/status", server.worker())).unwrap();
     let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
     let resident_kib: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
     assert!(resident_kib < 128 << 10, "{line}");

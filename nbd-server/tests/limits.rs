@@ -82,8 +82,10 @@ fn usage_stale_sockets_and_other_servers() {
     assert_eq!(status(&["--unix", &file.display().to_string(), "--export", "a,size=1M"]).0, Some(1));
     assert!(file.exists());
     // Killed, it leaves its socket; the next server takes its place.
+    let worker = server.worker().to_string();
     server.child.kill().unwrap();
     server.child.wait().unwrap();
+    run(Command::new("kill").args(["-s", "KILL", &worker]));
     assert!(server.socket().exists());
     let next = Command::new(env!("CARGO_BIN_EXE_ghostswap-nbd"))
         .args(["--unix", &socket, "--export", "a,size=1M"])

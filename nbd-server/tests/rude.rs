@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 impl Server {
     fn of_proc(&self, what: &str) -> String {
-        format!("/proc/{}/{what}", self.child.id())
+        format!("/proc/{}/{what}", self.worker())
     }
 
     fn count(&self, what: &str) -> usize {

@@ -35,6 +35,19 @@ impl Server {
         server
     }
 
+    /// The process that serves, not the one that supervises it.
+    pub fn worker(&self) -> u32 {
+        let end = Instant::now() + Duration::from_secs(10);
+        loop {
+            let output = Command::new("pgrep").args(["-P", &self.child.id().to_string()]).output().unwrap();
+            if let Ok(worker) = String::from_utf8_lossy(&output.stdout).trim().parse() {
+                return worker;
+            }
+            assert!(Instant::now() < end, "there is no worker");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
     pub fn socket(&self) -> PathBuf {
         self.directory.join("s")
     }
@@ -78,7 +91,12 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
+        // The supervisor first: a worker that is killed would be followed by another.
+        let workers = Command::new("pgrep").args(["-P", &self.child.id().to_string()]).output();
         let _ = self.child.kill();
+        for worker in workers.iter().flat_map(|output| output.stdout.split(|b| *b == b'\n')) {
+            let _ = Command::new("kill").args(["-s", "KILL", &String::from_utf8_lossy(worker)]).output();
+        }
         let _ = self.child.wait();
         let _ = std::fs::remove_dir_all(&self.directory);
     }

@@ -7,7 +7,7 @@ dev=$(ghostswap-ublk add --size 16T --tier ram,limit=50%)
 ghostswap-ublk doctor > doctor.txt || { cat doctor.txt; exit 1; }
 cat doctor.txt
 grep -q '^ok    scheduler: none on ublkb0' doctor.txt
-held() { ghostswap-ublk status --json | tr ',' '\n' | grep '"held_bytes"' | tr -dc 0-9; }
+held() { ghostswap-ublk status --json | tr ',' '\n' | grep -m 1 '"held_bytes"' | tr -dc 0-9; }
 idle=$(held)
 fio --name=verify --filename="$dev" --rw=randwrite --bs=4k-512k --size=96M --offset=3T --direct=1 \
     --ioengine=libaio --iodepth=16 --verify=crc32c --do_verify=1 --buffer_compress_percentage=60 \
