@@ -33,6 +33,12 @@ impl Volume {
         self.store.grow_volume(self.id, bytes)
     }
 
+    /// Drops all that it holds and gives it another size, which may be less. No lane of it may be open.
+    pub fn reset(&self, bytes: u64) -> Result<()> {
+        self.lane()?.discard(0, self.bytes())?;
+        self.store.reset_volume(self.id, bytes)
+    }
+
     /// Opens a lane: what one I/O thread reads and writes through.
     pub fn lane(&self) -> Result<Lane> {
         Lane::open(self.store.clone(), self.id)

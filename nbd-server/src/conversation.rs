@@ -29,17 +29,17 @@ pub fn from_handshake(offer: &Offer, input: &[u8]) -> Said {
 /// On the first export, with all contexts agreed on.
 pub fn from_requests(offer: &Offer, form: Form, input: &[u8]) -> Said {
     held(input, |wire| {
-        let export = &offer.exports.all()[0];
-        let lane = export.volume.lane().map_err(std::io::Error::other)?;
+        let visit = offer.exports.all()[0].enter().ok_or(std::io::ErrorKind::NotFound)?;
+        let lane = visit.0.volume.lane().map_err(std::io::Error::other)?;
         let contexts = [form != Form::Simple; 2];
-        transmission::serve(wire, Chosen { export, lane, form, contexts, client: Vec::new() })
+        transmission::serve(wire, Chosen { lane, visit, form, contexts, client: Vec::new() })
     })
 }
 
 /// An offer of exports as on the command line, without TLS.
 pub fn offer(store: &Store, exports: &[&str]) -> ghostswap::Result<Offer> {
     let parsed = exports.iter().map(|text| text.parse()).collect::<std::result::Result<Vec<_>, _>>();
-    let exports = Exports::open(store, &parsed.map_err(ghostswap::Error::InvalidConfig)?)?;
+    let exports = Exports::open(store, &parsed.map_err(ghostswap::Error::InvalidConfig)?, None, drop)?;
     Ok(Offer { exports, tls: Tls::Off, handshake_time: Duration::from_secs(600) })
 }
 

@@ -1,12 +1,22 @@
 //! Exports: names that clients ask for, each with its volume and who may go to it.
 
 use crate::proto::MAX_NAME_BYTES;
-use ghostswap::config::parse_size;
-use ghostswap::{Store, Volume, MAX_VOLUME_BYTES};
+use ghostswap::config::{parse_size, parse_time};
+use ghostswap::{Error, Store, Volume, MAX_VOLUME_BYTES};
+use serde::{Deserialize, Serialize};
+use serde_json::{json, Value};
+use std::fmt;
 use std::str::FromStr;
 use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use tracing::info;
 
-/// One `--export NAME[,size=SIZE][,client=NAME[:NAME…]][,ro]`.
+/// How long a template's export stays without a client, if it is not told.
+const LINGER: Duration = Duration::from_secs(60);
+
+/// One `--export NAME[,size=SIZE][,client=NAME[:NAME…]][,linger=TIME][,ro]`. With a star in its name it is a template: an
+/// export is made for each client that asks for such a name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExportConfig {
     pub name: String,
@@ -14,6 +24,34 @@ pub struct ExportConfig {
     pub read_only: bool,
     /// Names in certificates; empty: everybody who is let in.
     pub clients: Vec<String>,
+    /// How long one without a client stays; None: until it is removed, or, of a template, a minute.
+    pub linger: Option<Duration>,
+}
+
+impl ExportConfig {
+    pub fn is_template(&self) -> bool {
+        self.name.contains('*')
+    }
+
+    /// Whether a template is for such a name: one star stands for one character or more.
+    fn covers(&self, name: &str) -> bool {
+        let Some((begin, end)) = self.name.split_once('*') else { return false };
+        name.len() > begin.len() + end.len() && name.starts_with(begin) && name.ends_with(end) && !name.contains('*')
+    }
+}
+
+impl fmt::Display for ExportConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{},size={}", self.name, self.size)?;
+        if !self.clients.is_empty() {
+            write!(f, ",client={}", self.clients.join(":"))?;
+        }
+        self.linger.map_or(Ok(()), |linger| write!(f, ",linger={}s", linger.as_secs()))?;
+        if self.read_only {
+            write!(f, ",ro")?;
+        }
+        Ok(())
+    }
 }
 
 impl FromStr for ExportConfig {
@@ -24,11 +62,20 @@ impl FromStr for ExportConfig {
         if name.is_empty() || name.len() > MAX_NAME_BYTES {
             return Err(format!("an export's name has 1 to {MAX_NAME_BYTES} bytes"));
         }
-        let mut config =
-            ExportConfig { name: name.to_string(), size: MAX_VOLUME_BYTES, read_only: false, clients: Vec::new() };
+        if name.matches('*').count() > 1 {
+            return Err(format!("export '{name}': a template's name has one star"));
+        }
+        let mut config = ExportConfig {
+            name: name.to_string(),
+            size: MAX_VOLUME_BYTES,
+            read_only: false,
+            clients: Vec::new(),
+            linger: None,
+        };
         for part in options.split(',').filter(|part| !part.is_empty()) {
             match part.split_once('=') {
                 Some(("size", value)) => config.size = parse_size(value)?,
+                Some(("linger", value)) => config.linger = Some(Duration::from_secs(parse_time(value)?.into())),
                 Some(("client", value)) => {
                     if value.split(':').any(str::is_empty) {
                         return Err(format!("export option '{part}': a client's name is empty"));
@@ -36,20 +83,36 @@ impl FromStr for ExportConfig {
                     config.clients.extend(value.split(':').map(str::to_owned));
                 }
                 None if part == "ro" => config.read_only = true,
-                _ => return Err(format!("unknown export option '{part}': known are size=SIZE, client=NAME and ro")),
+                _ => {
+                    return Err(format!(
+                        "unknown export option '{part}': known are size=SIZE, client=NAME, linger=TIME and ro"
+                    ))
+                }
             }
         }
         Ok(config)
     }
 }
 
+/// A name that clients ask for, its volume, and who may go there.
 pub struct Export {
     pub name: String,
     pub volume: Volume,
     pub read_only: bool,
     clients: Vec<String>,
+    /// How long it stays when its last client has left; `None`: until it is removed.
+    linger: Option<Duration>,
     /// Writes refused for want of room, after they had waited for it.
     pub refused_writes: AtomicU64,
+    visits: Mutex<Visits>,
+}
+
+struct Visits {
+    open: usize,
+    /// When the last one left, or it was made.
+    since: Instant,
+    /// It is being removed.
+    closed: bool,
 }
 
 /// Whether a client may go to an export.
@@ -61,49 +124,307 @@ pub enum Access {
     Refused,
 }
 
+/// `names`: what the client's certificate calls it; `None`: the connection is not in TLS.
+fn access(clients: &[String], names: Option<&[String]>) -> Access {
+    match names {
+        _ if clients.is_empty() => Access::Granted,
+        None => Access::NeedsTls,
+        Some(names) if names.iter().any(|name| clients.contains(name)) => Access::Granted,
+        Some(_) => Access::Refused,
+    }
+}
+
 impl Export {
-    /// `names`: what the client's certificate calls it; `None`: the connection is not in TLS.
+    fn new(config: &ExportConfig, volume: Volume, linger: Option<Duration>) -> Arc<Export> {
+        Arc::new(Export {
+            name: config.name.clone(),
+            volume,
+            read_only: config.read_only,
+            clients: config.clients.clone(),
+            linger,
+            refused_writes: AtomicU64::new(0),
+            visits: Mutex::new(Visits { open: 0, since: Instant::now(), closed: false }),
+        })
+    }
+
     pub fn access(&self, names: Option<&[String]>) -> Access {
-        match names {
-            _ if self.clients.is_empty() => Access::Granted,
-            None => Access::NeedsTls,
-            Some(names) if names.iter().any(|name| self.clients.contains(name)) => Access::Granted,
-            Some(_) => Access::Refused,
+        access(&self.clients, names)
+    }
+
+    /// A client goes there. None: it is being removed.
+    pub fn enter(self: &Arc<Export>) -> Option<Visit> {
+        let mut visits = lock(&self.visits);
+        visits.open += usize::from(!visits.closed);
+        (!visits.closed).then(|| Visit(self.clone()))
+    }
+
+    /// Lets nobody in any more, if nobody is in and `so`.
+    fn close(&self, so: impl FnOnce(&Visits) -> bool) -> bool {
+        let mut visits = lock(&self.visits);
+        visits.closed |= visits.open == 0 && so(&visits);
+        visits.closed
+    }
+}
+
+/// A client that is at an export.
+pub struct Visit(pub Arc<Export>);
+
+impl Drop for Visit {
+    fn drop(&mut self) {
+        let mut visits = lock(&self.0.visits);
+        visits.open -= 1;
+        visits.since = Instant::now();
+    }
+}
+
+/// Why a client cannot go where it wants.
+pub enum Refusal {
+    Unknown,
+    Access(Access),
+    /// A template's export cannot be made.
+    Store(ghostswap::Error),
+}
+
+/// All exports, and templates of some. They may be added and removed while clients come and go.
+pub struct Exports {
+    store: Store,
+    table: Mutex<Table>,
+    /// Hears of every change: the line that the next worker begins with.
+    tell: Box<dyn Fn(String) + Send + Sync>,
+}
+
+struct Table {
+    exports: Vec<Arc<Export>>,
+    templates: Vec<ExportConfig>,
+    /// Volumes of exports that were removed: empty ones, and those that are still to be emptied.
+    free: Vec<Volume>,
+    dirty: Vec<Volume>,
+}
+
+/// An export or a template as the next worker, and whoever lists them, is told.
+#[derive(Serialize, Deserialize)]
+struct Entry {
+    name: String,
+    size_bytes: u64,
+    read_only: bool,
+    clients: Vec<String>,
+    linger_seconds: Option<u64>,
+    /// None: it is a template.
+    volume: Option<u8>,
+}
+
+impl Entry {
+    fn of_export(export: &Export) -> Entry {
+        Entry {
+            name: export.name.clone(),
+            size_bytes: export.volume.bytes(),
+            read_only: export.read_only,
+            clients: export.clients.clone(),
+            linger_seconds: export.linger.map(|linger| linger.as_secs()),
+            volume: Some(export.volume.id()),
+        }
+    }
+
+    fn of_template(config: &ExportConfig) -> Entry {
+        Entry {
+            name: config.name.clone(),
+            size_bytes: config.size,
+            read_only: config.read_only,
+            clients: config.clients.clone(),
+            linger_seconds: config.linger.map(|linger| linger.as_secs()),
+            volume: None,
+        }
+    }
+
+    fn config(&self) -> ExportConfig {
+        ExportConfig {
+            name: self.name.clone(),
+            size: self.size_bytes,
+            read_only: self.read_only,
+            clients: self.clients.clone(),
+            linger: self.linger_seconds.map(Duration::from_secs),
         }
     }
 }
 
-pub struct Exports(Vec<Export>);
-
 impl Exports {
-    /// Each has the volume of its number: one that an earlier worker made, or a new one.
-    pub fn open(store: &Store, wanted: &[ExportConfig]) -> ghostswap::Result<Exports> {
-        let mut there = store.volumes().into_iter();
-        let mut all: Vec<Export> = Vec::with_capacity(wanted.len());
-        for config in wanted {
-            if all.iter().any(|export| export.name == config.name) {
-                let why = format!("two exports are named '{}'", config.name);
-                return Err(ghostswap::Error::InvalidConfig(why));
+    /// Those of the command line; or those of the worker before, whose volumes are there.
+    pub fn open(
+        store: &Store,
+        wanted: &[ExportConfig],
+        before: Option<&str>,
+        tell: impl Fn(String) + Send + Sync + 'static,
+    ) -> Result<Exports, Error> {
+        let mut table = Table { exports: Vec::new(), templates: Vec::new(), free: Vec::new(), dirty: Vec::new() };
+        let mut volumes = store.volumes();
+        let Some(before) = before else {
+            // A worker that died before it could tell may have made some.
+            table.dirty = volumes;
+            let exports = Exports { store: store.clone(), table: Mutex::new(table), tell: Box::new(tell) };
+            exports.sweep();
+            wanted.iter().try_for_each(|config| exports.add_quietly(config))?;
+            return Ok(exports);
+        };
+        let damaged = |why: String| Error::InvalidConfig(format!("the table of exports is damaged: {why}"));
+        let entries: Vec<Entry> = serde_json::from_str(before).map_err(|e| damaged(e.to_string()))?;
+        for entry in &entries {
+            let config = entry.config();
+            let Some(number) = entry.volume else {
+                table.templates.push(config);
+                continue;
+            };
+            let at = volumes.iter().position(|volume| volume.id() == number);
+            let volume = volumes.swap_remove(at.ok_or_else(|| damaged(format!("no volume {number}")))?);
+            table.exports.push(Export::new(&config, volume, config.linger));
+        }
+        table.dirty = volumes;
+        Ok(Exports { store: store.clone(), table: Mutex::new(table), tell: Box::new(tell) })
+    }
+
+    pub fn all(&self) -> Vec<Arc<Export>> {
+        lock(&self.table).exports.clone()
+    }
+
+    /// The export of a name, for a client: one that there is, or one made now after a template. The empty name is the
+    /// protocol's default export: the first.
+    pub fn find(&self, name: &[u8], names: Option<&[String]>) -> Result<Arc<Export>, Refusal> {
+        let mut table = lock(&self.table);
+        let found = match name {
+            [] => table.exports.first(),
+            _ => table.exports.iter().find(|export| export.name.as_bytes() == name),
+        };
+        if let Some(export) = found {
+            return match export.access(names) {
+                Access::Granted => Ok(export.clone()),
+                refused => Err(Refusal::Access(refused)),
+            };
+        }
+        let name = std::str::from_utf8(name).map_err(|_| Refusal::Unknown)?;
+        let template = table.templates.iter().find(|template| template.covers(name)).ok_or(Refusal::Unknown)?;
+        match access(&template.clients, names) {
+            Access::Granted => {}
+            refused => return Err(Refusal::Access(refused)),
+        }
+        let config = ExportConfig { name: name.to_owned(), ..template.clone() };
+        let volume = table.volume(&self.store, config.size).map_err(Refusal::Store)?;
+        let export = Export::new(&config, volume, Some(config.linger.unwrap_or(LINGER)));
+        table.exports.push(export.clone());
+        self.tell_of(&table);
+        Ok(export)
+    }
+
+    fn tell_of(&self, table: &Table) {
+        (self.tell)(table.line());
+    }
+
+    fn add_quietly(&self, config: &ExportConfig) -> Result<(), Error> {
+        let mut table = lock(&self.table);
+        if table.exports.iter().any(|export| export.name == config.name)
+            || table.templates.iter().any(|template| template.name == config.name)
+        {
+            return Err(Error::InvalidConfig(format!("two exports are named '{}'", config.name)));
+        }
+        if config.is_template() {
+            table.templates.push(config.clone());
+        } else {
+            let volume = table.volume(&self.store, config.size)?;
+            table.exports.push(Export::new(config, volume, config.linger));
+        }
+        Ok(())
+    }
+
+    /// Adds an export or a template.
+    pub fn add(&self, config: &ExportConfig) -> Result<(), Error> {
+        self.add_quietly(config)?;
+        self.tell_all();
+        Ok(())
+    }
+
+    /// Tells what there is.
+    pub fn tell_all(&self) {
+        let table = lock(&self.table);
+        self.tell_of(&table);
+    }
+
+    /// Removes an export that nobody is at, and drops what it holds; or a template, of which exports stay.
+    pub fn remove(&self, name: &str) -> Result<(), String> {
+        let mut table = lock(&self.table);
+        if let Some(at) = table.templates.iter().position(|template| template.name == name) {
+            table.templates.remove(at);
+        } else {
+            let at = table.exports.iter().position(|export| export.name == name);
+            let at = at.ok_or_else(|| format!("no export '{name}'"))?;
+            if !table.exports[at].close(|_| true) {
+                return Err(format!("export '{name}' has clients: let them leave first"));
             }
-            let name = config.name.clone();
-            let volume = there.next().map_or_else(|| store.create_volume(config.size), Ok)?;
-            let (read_only, clients) = (config.read_only, config.clients.clone());
-            all.push(Export { name, volume, read_only, clients, refused_writes: AtomicU64::new(0) });
+            let export = table.exports.remove(at);
+            table.dirty.push(export.volume.clone());
         }
-        Ok(Exports(all))
+        self.tell_of(&table);
+        drop(table);
+        self.sweep();
+        Ok(())
     }
 
-    pub fn all(&self) -> &[Export] {
-        &self.0
+    /// Removes exports whose last client left long enough ago, and empties the volumes of all that were removed.
+    pub fn sweep(&self) {
+        let mut table = lock(&self.table);
+        let over = |export: &Arc<Export>| {
+            export.linger.is_some_and(|linger| export.close(|visits| visits.since.elapsed() >= linger))
+        };
+        let (gone, kept): (Vec<_>, Vec<_>) = table.exports.drain(..).partition(over);
+        table.exports = kept;
+        if !gone.is_empty() {
+            gone.iter().for_each(|export| info!(export = export.name, "nobody came again: removed"));
+            table.dirty.extend(gone.into_iter().map(|export| export.volume.clone()));
+            self.tell_of(&table);
+        }
+        let dirty = std::mem::take(&mut table.dirty);
+        drop(table);
+        // It takes its time, and others may come meanwhile.
+        let (empty, dirty): (Vec<_>, Vec<_>) =
+            dirty.into_iter().partition(|volume| volume.reset(volume.bytes()).is_ok());
+        let mut table = lock(&self.table);
+        table.free.extend(empty);
+        table.dirty.extend(dirty);
     }
 
-    /// The empty name is the protocol's default export: the first.
-    pub fn find(&self, name: &[u8]) -> Option<&Export> {
-        if name.is_empty() {
-            return self.0.first();
-        }
-        self.0.iter().find(|export| export.name.as_bytes() == name)
+    /// All of them, as JSON, each with how many clients are there.
+    pub fn describe(&self) -> Value {
+        let table = lock(&self.table);
+        let exports = table.exports.iter().map(|export| {
+            let mut value = json!(Entry::of_export(export));
+            value["connections"] = lock(&export.visits).open.into();
+            value
+        });
+        exports.chain(table.templates.iter().map(|template| json!(Entry::of_template(template)))).collect()
     }
+}
+
+impl Table {
+    /// An empty volume of that size.
+    fn volume(&mut self, store: &Store, bytes: u64) -> ghostswap::Result<Volume> {
+        let Some(volume) = self.free.pop() else { return store.create_volume(bytes) };
+        match volume.reset(bytes) {
+            Ok(()) => Ok(volume),
+            Err(error) => {
+                self.free.push(volume);
+                Err(error)
+            }
+        }
+    }
+
+    fn line(&self) -> String {
+        let exports = self.exports.iter().map(|export| Entry::of_export(export));
+        let all: Vec<Entry> = exports.chain(self.templates.iter().map(Entry::of_template)).collect();
+        // Strings and numbers always serialise.
+        serde_json::to_string(&all).unwrap_or_default()
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // No step under these locks leaves half a change.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
@@ -111,11 +432,29 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_is_said_is_understood_and_said_again() {
+        for text in ["a", "a,size=8M,ro", "swap-*,size=64G,client=n1:n2,linger=5m", "*,linger=0"] {
+            let config: ExportConfig = text.parse().unwrap();
+            assert_eq!(config.to_string().parse(), Ok(config));
+        }
+    }
+
+    #[test]
+    fn templates_cover_names() {
+        let template: ExportConfig = "swap-*-x".parse().unwrap();
+        for (name, covered) in
+            [("swap-1-x", true), ("swap-12-x", true), ("swap--x", false), ("swap-x", false), ("swap-*-x", false)]
+        {
+            assert_eq!(template.covers(name), covered, "{name}");
+        }
+    }
+
+    #[test]
     fn exports_parse() {
         let parsed = |text: &str| text.parse::<ExportConfig>();
         let config = |name: &str, size, read_only, clients: &[&str]| {
             let clients = clients.iter().map(|name| name.to_string()).collect();
-            Ok(ExportConfig { name: name.into(), size, read_only, clients })
+            Ok(ExportConfig { name: name.into(), size, read_only, clients, linger: None })
         };
         assert_eq!(parsed("a"), config("a", MAX_VOLUME_BYTES, false, &[]));
         assert_eq!(parsed("swap,size=8M"), config("swap", 8 << 20, false, &[]));
@@ -132,6 +471,8 @@ mod tests {
             "a,client=",
             "a,client=x:",
             "a,client",
+            "a,linger=long",
+            "a-*-*",
         ] {
             assert!(parsed(bad).is_err(), "{bad}");
         }

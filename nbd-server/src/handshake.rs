@@ -3,12 +3,14 @@
 //! What a client may send here is bounded in size, number and time. What was agreed on before TLS is
 //! forgotten when TLS starts, since anybody could have put it there.
 
-use crate::export::{Access, Export, Exports};
+use crate::export::{Access, Export, Exports, Refusal, Visit};
 use crate::proto::{self, info, option, reply, transmission_flags, Context, Form};
 use crate::tls::{client_names, Tls};
 use crate::wire::Wire;
 use ghostswap::Lane;
+use std::borrow::Cow;
 use std::io::{Error, ErrorKind, Result};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 const MAX_OPTIONS: usize = 256;
@@ -24,9 +26,10 @@ pub struct Offer {
 }
 
 /// What a client chose.
-pub struct Chosen<'a> {
-    pub export: &'a Export,
+pub struct Chosen {
+    /// Closed before the export is left.
     pub lane: Lane,
+    pub visit: Visit,
     pub form: Form,
     /// What BLOCK_STATUS tells: of [`Context::ALL`].
     pub contexts: [bool; 2],
@@ -35,7 +38,7 @@ pub struct Chosen<'a> {
 }
 
 /// `None`: the client ended the negotiation in an orderly way.
-pub fn negotiate<'a>(wire: &mut Wire, offer: &'a Offer) -> Result<Option<Box<Chosen<'a>>>> {
+pub fn negotiate(wire: &mut Wire, offer: &Offer) -> Result<Option<Box<Chosen>>> {
     wire.set_deadline(Instant::now() + offer.handshake_time)?;
     wire.put(proto::MAGIC)?;
     wire.put(proto::OPTION_MAGIC)?;
@@ -62,10 +65,10 @@ pub fn negotiate<'a>(wire: &mut Wire, offer: &'a Offer) -> Result<Option<Box<Cho
     Err(rude("too many options"))
 }
 
-enum Answer<'a> {
+enum Answer {
     Next,
     Abort,
-    Go(Box<Chosen<'a>>),
+    Go(Box<Chosen>),
 }
 
 /// What was agreed on so far.
@@ -76,13 +79,13 @@ struct Talk<'w, 'a> {
     pad: bool,
     form: Form,
     /// Contexts hold for the export that they were set for.
-    contexts: Option<(&'a Export, [bool; 2])>,
+    contexts: Option<(Arc<Export>, [bool; 2])>,
     /// What the client's certificate calls it. `None`: no TLS yet.
     names: Option<Vec<String>>,
 }
 
-impl<'a> Talk<'_, 'a> {
-    fn answer_option(&mut self) -> Result<Answer<'a>> {
+impl Talk<'_, '_> {
+    fn answer_option(&mut self) -> Result<Answer> {
         if &self.wire.take_array::<8>()? != proto::OPTION_MAGIC {
             return Err(rude("an option without its magic"));
         }
@@ -116,7 +119,7 @@ impl<'a> Talk<'_, 'a> {
         }
     }
 
-    fn start_tls(&mut self, len: usize) -> Result<Answer<'a>> {
+    fn start_tls(&mut self, len: usize) -> Result<Answer> {
         let option = option::STARTTLS;
         self.wire.skip(len)?;
         if len != 0 || self.names.is_some() {
@@ -131,7 +134,7 @@ impl<'a> Talk<'_, 'a> {
         Ok(Answer::Next)
     }
 
-    fn set_form(&mut self, option: u32, len: usize) -> Result<Answer<'a>> {
+    fn set_form(&mut self, option: u32, len: usize) -> Result<Answer> {
         self.wire.skip(len)?;
         if len != 0 {
             return self.refuse(option, reply::ERR_INVALID, "it takes no data");
@@ -146,7 +149,7 @@ impl<'a> Talk<'_, 'a> {
     }
 
     /// Names those that this client may go to; those that it may after TLS would be others'.
-    fn list(&mut self, len: usize) -> Result<Answer<'a>> {
+    fn list(&mut self, len: usize) -> Result<Answer> {
         self.wire.skip(len)?;
         if len != 0 {
             return self.refuse(option::LIST, reply::ERR_INVALID, "LIST takes no data");
@@ -163,7 +166,7 @@ impl<'a> Talk<'_, 'a> {
     }
 
     /// The oldest way: no error reply exists, a refused client is hung up on.
-    fn go_by_name(&mut self, len: usize, needs_tls: bool) -> Result<Answer<'a>> {
+    fn go_by_name(&mut self, len: usize, needs_tls: bool) -> Result<Answer> {
         // It could not tell that extended headers hold ("Extended headers" in the protocol).
         if self.form == Form::Extended {
             return Err(rude("EXPORT_NAME after EXTENDED_HEADERS"));
@@ -174,39 +177,47 @@ impl<'a> Talk<'_, 'a> {
         if len > proto::MAX_NAME_BYTES {
             return Err(rude("a name too long"));
         }
-        let export = self.offer.exports.find(self.wire.take(len)?).ok_or_else(|| rude("no such export"))?;
-        if export.access(self.names.as_deref()) != Access::Granted {
-            return Err(Error::new(
-                ErrorKind::PermissionDenied,
-                format!("export {} is not for this client", export.name),
-            ));
-        }
+        let export = match self.offer.exports.find(self.wire.take(len)?, self.names.as_deref()) {
+            Ok(export) => export,
+            Err(Refusal::Unknown) => return Err(rude("no such export")),
+            Err(Refusal::Access(_)) => {
+                return Err(Error::new(ErrorKind::PermissionDenied, "an export that is not for this client"))
+            }
+            Err(Refusal::Store(error)) => return Err(Error::other(error.to_string())),
+        };
+        let visit = export.enter().ok_or_else(|| rude("no such export"))?;
         let lane = export.volume.lane().map_err(|error| Error::other(error.to_string()))?;
         self.wire.put(&export.volume.bytes().to_be_bytes())?;
-        self.wire.put(&self.flags(export).to_be_bytes())?;
+        self.wire.put(&self.flags(&export).to_be_bytes())?;
         if self.pad {
             self.wire.put(&[0; 124])?;
         }
-        Ok(self.go(export, lane))
+        Ok(self.go(visit, lane))
     }
 
-    fn info_or_go(&mut self, option: u32, len: usize) -> Result<Answer<'a>> {
+    fn info_or_go(&mut self, option: u32, len: usize) -> Result<Answer> {
         let data = self.wire.take(len)?.to_vec();
         let Some((name, asked)) = proto::parse_go(&data) else {
             return self.refuse(option, reply::ERR_INVALID, "malformed");
         };
         let export = match self.find(name) {
             Ok(export) => export,
-            Err((reply, why)) => return self.refuse(option, reply, why),
+            Err((reply, why)) => return self.refuse(option, reply, &why),
         };
         // Before the first good reply, as none can be taken back.
-        let lane = match (option == option::GO).then(|| export.volume.lane()).transpose() {
-            Ok(lane) => lane,
-            Err(error) => return self.refuse(option, reply::ERR_POLICY, &error.to_string()),
-        };
+        let mut going = None;
+        if option == option::GO {
+            let Some(visit) = export.enter() else {
+                return self.refuse(option, reply::ERR_UNKNOWN, "no such export");
+            };
+            match export.volume.lane() {
+                Ok(lane) => going = Some((visit, lane)),
+                Err(error) => return self.refuse(option, reply::ERR_POLICY, &error.to_string()),
+            }
+        }
         let mut whole = info::EXPORT.to_be_bytes().to_vec();
         whole.extend_from_slice(&export.volume.bytes().to_be_bytes());
-        whole.extend_from_slice(&self.flags(export).to_be_bytes());
+        whole.extend_from_slice(&self.flags(&export).to_be_bytes());
         self.answer(option, reply::INFO, &whole)?;
         // Asked for or not: they bind, and a client that has not heard of them takes 1 for the smallest.
         let mut sizes = info::BLOCK_SIZE.to_be_bytes().to_vec();
@@ -220,13 +231,13 @@ impl<'a> Talk<'_, 'a> {
             }
         }
         self.answer(option, reply::ACK, &[])?;
-        Ok(match lane {
-            Some(lane) => self.go(export, lane),
+        Ok(match going {
+            Some((visit, lane)) => self.go(visit, lane),
             None => Answer::Next,
         })
     }
 
-    fn set_contexts(&mut self, option: u32, len: usize) -> Result<Answer<'a>> {
+    fn set_contexts(&mut self, option: u32, len: usize) -> Result<Answer> {
         let setting = option == option::SET_META_CONTEXT;
         // A SET that fails leaves none set.
         if setting {
@@ -239,7 +250,7 @@ impl<'a> Talk<'_, 'a> {
         };
         let export = match self.find(name) {
             Ok(export) => export,
-            Err((reply, why)) => return self.refuse(option, reply, why),
+            Err((reply, why)) => return self.refuse(option, reply, &why),
         };
         for context in Context::ALL.into_iter().zip(meant).filter_map(|(context, meant)| meant.then_some(context)) {
             // A LIST names no number.
@@ -254,24 +265,24 @@ impl<'a> Talk<'_, 'a> {
     }
 
     /// The export that a client names and may go to; or the reply that says why not.
-    fn find(&self, name: &[u8]) -> std::result::Result<&'a Export, (u32, &'static str)> {
-        let export = self.offer.exports.find(name).ok_or((reply::ERR_UNKNOWN, "no such export"))?;
-        match export.access(self.names.as_deref()) {
-            Access::Granted => Ok(export),
-            Access::NeedsTls => Err((reply::ERR_TLS_REQD, "this export requires TLS")),
-            Access::Refused => Err((reply::ERR_POLICY, "this export is not for this client")),
-        }
+    fn find(&self, name: &[u8]) -> std::result::Result<Arc<Export>, (u32, Cow<'static, str>)> {
+        self.offer.exports.find(name, self.names.as_deref()).map_err(|refusal| match refusal {
+            Refusal::Unknown => (reply::ERR_UNKNOWN, "no such export".into()),
+            Refusal::Access(Access::NeedsTls) => (reply::ERR_TLS_REQD, "this export requires TLS".into()),
+            Refusal::Access(_) => (reply::ERR_POLICY, "this export is not for this client".into()),
+            Refusal::Store(error) => (reply::ERR_POLICY, error.to_string().into()),
+        })
     }
 
     fn flags(&self, export: &Export) -> u16 {
         transmission_flags(export.read_only, self.form)
     }
 
-    fn go(&mut self, export: &'a Export, lane: Lane) -> Answer<'a> {
-        let own = self.contexts.filter(|(of, _)| std::ptr::eq(*of, export));
+    fn go(&mut self, visit: Visit, lane: Lane) -> Answer {
+        let own = self.contexts.take().filter(|(of, _)| Arc::ptr_eq(of, &visit.0));
         let contexts = own.map_or([false; 2], |(_, contexts)| contexts);
         let client = self.names.take().unwrap_or_default();
-        Answer::Go(Box::new(Chosen { export, lane, form: self.form, contexts, client }))
+        Answer::Go(Box::new(Chosen { lane, visit, form: self.form, contexts, client }))
     }
 
     fn answer(&mut self, option: u32, reply: u32, data: &[u8]) -> Result<()> {
@@ -279,7 +290,7 @@ impl<'a> Talk<'_, 'a> {
         self.wire.put(data)
     }
 
-    fn refuse(&mut self, option: u32, reply: u32, why: &str) -> Result<Answer<'a>> {
+    fn refuse(&mut self, option: u32, reply: u32, why: &str) -> Result<Answer> {
         self.answer(option, reply, why.as_bytes())?;
         Ok(Answer::Next)
     }

@@ -1,12 +1,14 @@
 //! The NBD server without its command line: what `ghostswap-nbd`, its tests and its fuzz targets share.
 //!
-//! `supervise` keeps the arena and the listening sockets, and a worker that serves. A connection's way: `listen` accepts it, `server` counts it and gives it a thread, `handshake` agrees
+//! `supervise` keeps the arena and the listening sockets, and a worker that serves. `control` is the
+//! socket by which exports are listed, added and removed. A connection's way: `listen` accepts it, `server` counts it and gives it a thread, `handshake` agrees
 //! on an export and a form of messages, `transmission` answers requests through one `Lane`. Below them
 //! `wire` buffers bytes, in TLS or plain, over any `transport`; `proto` alone knows the layout of messages.
 #![forbid(unsafe_code)]
 // Its callers are in this package; what a reader needs is told by the files themselves.
 #![allow(missing_docs)]
 
+pub mod control;
 pub mod conversation;
 pub mod export;
 pub mod handshake;

@@ -4,10 +4,12 @@ use anyhow::{bail, Context, Result};
 use socket2::{Domain, SockAddr, Socket, Type};
 use std::io::ErrorKind;
 use std::net::ToSocketAddrs;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
+/// What the control socket is called.
+const CONTROL: &str = "control";
 /// Clients that the kernel lets wait until they are accepted.
 const BACKLOG: i32 = 128;
 
@@ -33,6 +35,10 @@ impl Listener {
     pub fn of(socket: Socket, name: String) -> Listener {
         Listener { socket, name, file: None }
     }
+
+    pub fn is_control(&self) -> bool {
+        self.name == CONTROL
+    }
 }
 
 pub fn unix(path: &Path) -> Result<Listener> {
@@ -42,6 +48,15 @@ pub fn unix(path: &Path) -> Result<Listener> {
     socket.bind(&SockAddr::unix(path).with_context(place)?).with_context(place)?;
     let listener = Listener { socket, name: format!("unix {}", path.display()), file: Some(path.to_path_buf()) };
     listener.socket.listen(BACKLOG).with_context(place)?;
+    Ok(listener)
+}
+
+/// The control socket: only for who runs the server.
+pub fn control(path: &Path) -> Result<Listener> {
+    let mut listener = unix(path)?;
+    let only_owner = std::fs::Permissions::from_mode(0o600);
+    std::fs::set_permissions(path, only_owner).with_context(|| format!("cannot protect {}", path.display()))?;
+    listener.name = CONTROL.into();
     Ok(listener)
 }
 

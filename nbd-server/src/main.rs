@@ -5,14 +5,14 @@
 #![forbid(unsafe_code)]
 
 use anyhow::{Context, Result};
-use clap::{ArgGroup, Parser, ValueEnum};
+use clap::{ArgGroup, Parser, Subcommand, ValueEnum};
 use ghostswap::{create_arena, Store, StoreConfig, TierConfig};
 use ghostswap_nbd::export::{ExportConfig, Exports};
 use ghostswap_nbd::handshake::Offer;
-use ghostswap_nbd::listen;
 use ghostswap_nbd::server::{Limits, Server};
 use ghostswap_nbd::supervise::{self, Given};
 use ghostswap_nbd::tls::{Tls, TlsFiles};
+use ghostswap_nbd::{control, listen};
 use signal_hook::consts::{SIGCHLD, SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 use std::io::{IsTerminal, Write};
@@ -27,7 +27,10 @@ const NEGOTIATING: usize = 64;
 /// Serve sparse compressed volumes to NBD clients.
 #[derive(Parser)]
 #[command(version, group = ArgGroup::new("identity").args(["tls_cert", "tls_certificates"]))]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 struct Args {
+    #[command(subcommand)]
+    command: Option<Command>,
     /// Listen at this Unix socket
     #[arg(long, value_name = "PATH")]
     unix: Option<PathBuf>,
@@ -38,9 +41,13 @@ struct Args {
     #[arg(long, value_name = "PORT")]
     vsock: Option<u32>,
     /// A volume and its name; size 16T unless told; ro: not to be written; client: only for clients whose
-    /// certificate has one of these names. May be given several times
-    #[arg(long, value_name = "NAME[,size=SIZE][,client=NAME[:NAME]][,ro]", required = true)]
+    /// certificate has one of these names; linger: removed when it was without a client for so long. A star in the
+    /// name: one for each client that asks for such a name, linger=1m unless told. May be given several times
+    #[arg(long, value_name = "NAME[,size=SIZE][,client=NAME[:NAME]][,linger=TIME][,ro]", required = true)]
     export: Vec<ExportConfig>,
+    /// Listen at this Unix socket for `ghostswap-nbd exports`
+    #[arg(long, value_name = "PATH")]
+    control: Option<PathBuf>,
     /// Where pages are kept: ram[,limit=SIZE|PERCENT%][,codec=lz4|zstd[:LEVEL]][,group=SIZE]
     #[arg(long, value_name = "SPEC")]
     tier: Vec<TierConfig>,
@@ -74,6 +81,61 @@ struct Args {
     /// Whether TLS may or must be used [default: require if there is a certificate]
     #[arg(long, value_name = "MODE")]
     tls: Option<TlsMode>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// List the exports of a running server, or change them
+    #[command(subcommand)]
+    Exports(ExportsCommand),
+}
+
+#[derive(Subcommand)]
+enum ExportsCommand {
+    /// What there is, and how many connections each has
+    List {
+        #[command(flatten)]
+        at: At,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Add an export, or a template of some
+    Add {
+        #[command(flatten)]
+        at: At,
+        /// As for --export
+        spec: ExportConfig,
+    },
+    /// Remove an export that has no client, and all that it holds
+    Remove {
+        #[command(flatten)]
+        at: At,
+        /// Its name
+        name: String,
+    },
+}
+
+#[derive(clap::Args)]
+struct At {
+    /// The server's control socket
+    #[arg(long, value_name = "PATH")]
+    control: PathBuf,
+}
+
+impl ExportsCommand {
+    fn run(self) -> Result<ExitCode> {
+        match self {
+            ExportsCommand::List { at, json } => println!("{}", control::list(&at.control, json)?),
+            ExportsCommand::Add { at, spec } => {
+                control::change(&at.control, &control::Request::Add { spec: spec.to_string() })?;
+            }
+            ExportsCommand::Remove { at, name } => {
+                control::change(&at.control, &control::Request::Remove { name })?;
+            }
+        }
+        Ok(ExitCode::SUCCESS)
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -146,7 +208,11 @@ fn main() -> ExitCode {
         // written either; but whoever reads our log may go, and the pages must not go with him.
         .log_internal_errors(false)
         .init();
-    match run(&args) {
+    let done = match args.command {
+        Some(Command::Exports(command)) => command.run(),
+        None => run(&args),
+    };
+    match done {
         Ok(code) => code,
         Err(error) => {
             complain(format_args!("{error:#}"));
@@ -171,11 +237,12 @@ fn run(args: &Args) -> Result<ExitCode> {
     listeners.extend(args.tcp.as_deref().map(listen::tcp).transpose()?);
     listeners.extend(args.vsock.map(listen::vsock).transpose()?);
     listeners.extend(args.unix.as_deref().map(listen::unix).transpose()?);
+    listeners.extend(args.control.as_deref().map(listen::control).transpose()?);
     supervise::run(&mut signals, &create_arena(false)?, &listeners)
 }
 
 /// A worker's life.
-fn serve(args: &Args, mut given: Given) -> Result<()> {
+fn serve(args: &Args, given: Given) -> Result<()> {
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGUSR1]).context("cannot catch signals")?;
     let tls = args.tls()?;
     let mut config = StoreConfig { tiers: args.tier.clone(), ..StoreConfig::default() };
@@ -185,14 +252,14 @@ fn serve(args: &Args, mut given: Given) -> Result<()> {
     let connections = args.max_connections.map_or(config.max_lanes + NEGOTIATING, |most| most as usize);
     let store = Store::open_arena(config, given.arena.try_clone().context("cannot keep the arena")?)?;
     let offer = Offer {
-        exports: Exports::open(&store, &args.export)?,
+        exports: Exports::open(&store, &args.export, given.table.as_deref(), given.teller()?)?,
         tls,
         handshake_time: Duration::from_secs(args.handshake_time.into()),
     };
     let idle_time = args.idle_time.map(|seconds| Duration::from_secs(seconds.into()));
     let server = Server::new(offer, Limits { connections, idle_time });
-    given.listeners.iter().try_for_each(|listener| server.accept_on(listener))?;
-    given.serves()?;
+    server.serve_at(&given.listeners)?;
+    given.watch()?;
     for signal in signals.forever() {
         if signal != SIGUSR1 {
             break;

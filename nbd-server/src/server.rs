@@ -8,7 +8,7 @@
 use crate::handshake::{self, Offer};
 use crate::listen::Listener;
 use crate::wire::Wire;
-use crate::{transmission, transport};
+use crate::{control, transmission, transport};
 use anyhow::{Context, Result};
 use socket2::Socket;
 use std::collections::HashMap;
@@ -21,6 +21,8 @@ use tracing::{info, warn};
 
 /// Time for requests that have been received to be answered when the server ends.
 const GRACE: Duration = Duration::from_secs(3);
+/// How often to look for exports that nobody wants any more.
+const SWEEP_EVERY: Duration = Duration::from_secs(1);
 /// When accepting fails, for want of file descriptors say, trying at once would only spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -70,8 +72,27 @@ impl Server {
         Server(Arc::new(Shared { offer, limits, connections: Mutex::default(), one_left: Condvar::new() }))
     }
 
-    /// Serves whoever connects, for as long as the process lives.
-    pub fn accept_on(&self, listener: &Listener) -> Result<()> {
+    /// Serves whoever connects, for as long as the process lives, and says that it does.
+    pub fn serve_at(&self, listeners: &[Listener]) -> Result<()> {
+        let spawn = |name: &str, body: Box<dyn FnOnce() + Send>| {
+            std::thread::Builder::new().name(name.into()).spawn(body).context("cannot start a thread").map(drop)
+        };
+        for listener in listeners.iter().filter(|listener| listener.is_control()) {
+            let socket = listener.socket.try_clone().context("cannot accept clients")?;
+            let (listener, server) = (Listener::of(socket, listener.name.clone()), self.clone());
+            spawn("nbd-control", Box::new(move || control::serve(&listener, &server.0.offer.exports)))?;
+        }
+        let server = self.clone();
+        let sweep = move || loop {
+            std::thread::sleep(SWEEP_EVERY);
+            server.0.offer.exports.sweep();
+        };
+        spawn("nbd-sweep", Box::new(sweep))?;
+        self.0.offer.exports.tell_all();
+        listeners.iter().filter(|listener| !listener.is_control()).try_for_each(|listener| self.accept_on(listener))
+    }
+
+    fn accept_on(&self, listener: &Listener) -> Result<()> {
         let server = self.clone();
         let socket = listener.socket.try_clone().context("cannot accept clients")?;
         let accepting = move || loop {
@@ -129,7 +150,7 @@ impl Server {
             Ok(None) => return drop(wire.close()),
             Err(error) => return info!(connection = number, "handshake: {error}"),
         };
-        info!(connection = number, export = chosen.export.name, client = chosen.client.first(), "client connected");
+        info!(connection = number, export = chosen.visit.0.name, client = chosen.client.first(), "client connected");
         let served = wire.set_idle_time(self.0.limits.idle_time).and_then(|()| transmission::serve(&mut wire, *chosen));
         // Its lane is free by now, so that it may take its time.
         match served.and_then(|()| wire.close()) {

@@ -3,8 +3,8 @@
 //! clients that connect again find their data; meanwhile they wait in the listening sockets' backlog.
 //!
 //! The worker is this program once more, with the same arguments. Over its standard input, a socket, it
-//! gets the arena and the listening sockets (SCM_RIGHTS), says that it serves, and learns of the
-//! supervisor's end; then it serves on, but nobody follows it.
+//! gets the arena and the listening sockets (SCM_RIGHTS) and what exports there were; it says each time what
+//! exports there are from now on, and learns of the supervisor's end: then it serves on, but nobody follows it.
 
 use crate::listen::Listener;
 use anyhow::{bail, ensure, Context, Result};
@@ -17,12 +17,13 @@ use signal_hook::consts::{SIGCHLD, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 use socket2::Socket;
 use std::ffi::OsString;
-use std::io::{ErrorKind, IoSlice, IoSliceMut, Read, Write};
+use std::io::{BufRead, BufReader, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitCode, ExitStatus};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tracing::{error, warn};
 
@@ -32,7 +33,6 @@ const WORKER: &str = "GHOSTSWAP_NBD_WORKER";
 const SELF: &str = "/proc/self/exe";
 const MOST_SOCKETS: usize = 64;
 const MOST_NAMES: usize = 16 << 10;
-const SERVES: &[u8] = b"serves";
 /// Before another worker follows one that lived for less than `SHORT`: at first, and at most.
 const PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
@@ -42,14 +42,16 @@ const SHORT: Duration = Duration::from_secs(1);
 pub struct Given {
     pub arena: OwnedFd,
     pub listeners: Vec<Listener>,
-    link: UnixStream,
+    /// The exports that the worker before had; None: there was none.
+    pub table: Option<String>,
+    link: BufReader<UnixStream>,
 }
 
 struct Worker {
     child: Child,
-    link: UnixStream,
     since: Instant,
-    serves: bool,
+    /// Hears what it says until it ends: the last it said of its exports, if it ever served.
+    ear: JoinHandle<Option<String>>,
 }
 
 /// What this process was given, if it is a worker.
@@ -75,15 +77,24 @@ pub fn given() -> Result<Option<Given>> {
     let arena = descriptors.remove(0);
     let named = descriptors.into_iter().zip(names);
     let listeners = named.map(|(socket, name)| Listener::of(Socket::from(socket), name.to_owned())).collect();
-    Ok(Some(Given { arena, listeners, link }))
+    let mut link = BufReader::new(link);
+    let mut table = String::new();
+    link.read_line(&mut table).context("no supervisor")?;
+    let table = Some(table.trim_end().to_owned()).filter(|table| !table.is_empty());
+    Ok(Some(Given { arena, listeners, table, link }))
 }
 
 impl Given {
-    /// Tells the supervisor, and from now on hears of its end.
-    pub fn serves(&mut self) -> Result<()> {
-        // One that is gone already is found so below.
-        let _ = self.link.write_all(SERVES);
-        let mut link = self.link.try_clone().context("no supervisor")?;
+    /// What tells the supervisor of exports. The first time it says that the worker serves.
+    pub fn teller(&self) -> Result<impl Fn(String) + Send + Sync> {
+        let link = self.link.get_ref().try_clone().context("no supervisor")?;
+        // A supervisor that is gone is told of elsewhere.
+        Ok(move |table: String| drop((&link).write_all(format!("{table}\n").as_bytes())))
+    }
+
+    /// From now on hears of the supervisor's end.
+    pub fn watch(self) -> Result<()> {
+        let mut link = self.link;
         let watch = move || {
             // Nothing more is said; it ends with the supervisor.
             let _ = link.read(&mut [0]);
@@ -96,8 +107,9 @@ impl Given {
 
 /// Supervises until the worker has ended in order, or the first one cannot begin.
 pub fn run(signals: &mut Signals, arena: &OwnedFd, listeners: &[Listener]) -> Result<ExitCode> {
-    let mut worker = Worker::start(arena, listeners)?;
-    let (mut served, mut ending, mut pause) = (false, false, PAUSE);
+    let mut table = None;
+    let mut worker = Worker::start(arena, listeners, None)?;
+    let (mut ending, mut pause) = (false, PAUSE);
     for signal in signals.forever() {
         match signal {
             SIGCHLD => {}
@@ -109,15 +121,16 @@ pub fn run(signals: &mut Signals, arena: &OwnedFd, listeners: &[Listener]) -> Re
         }
         // Signals that come close together may be told as one.
         let Some(status) = worker.child.try_wait().context("cannot wait for the worker")? else { continue };
-        served |= worker.has_served();
-        if ending || !served || status.code() == Some(0) {
+        let lived = worker.since.elapsed();
+        table = worker.last_words().or(table);
+        if ending || table.is_none() || status.code() == Some(0) {
             return Ok(code_of(status, ending));
         }
         warn!("the worker ended ({status}); another takes over, and clients may connect again");
-        pause = if worker.since.elapsed() < SHORT { (pause * 2).min(LONGEST_PAUSE) } else { PAUSE };
+        pause = if lived < SHORT { (pause * 2).min(LONGEST_PAUSE) } else { PAUSE };
         std::thread::sleep(pause - PAUSE);
         worker = loop {
-            match Worker::start(arena, listeners) {
+            match Worker::start(arena, listeners, table.as_deref()) {
                 Ok(worker) => break worker,
                 Err(e) => error!("no worker takes over: {e:#}; trying again"),
             }
@@ -137,8 +150,8 @@ fn code_of(status: ExitStatus, ending: bool) -> ExitCode {
 }
 
 impl Worker {
-    fn start(arena: &OwnedFd, listeners: &[Listener]) -> Result<Worker> {
-        let (link, its) = UnixStream::pair().context("cannot make a socket pair")?;
+    fn start(arena: &OwnedFd, listeners: &[Listener], table: Option<&str>) -> Result<Worker> {
+        let (mut link, its) = UnixStream::pair().context("cannot make a socket pair")?;
         ensure!(listeners.len() <= MOST_SOCKETS, "at most {MOST_SOCKETS} sockets to listen at");
         let names: String = listeners.iter().map(|listener| format!("{}\n", listener.name)).collect();
         ensure!(names.len() <= MOST_NAMES, "the names of the sockets are too long");
@@ -157,19 +170,19 @@ impl Worker {
         ensure!(ancillary.push(SendAncillaryMessage::ScmRights(&descriptors)), "too many sockets");
         // A worker that has died already is found so by its signal.
         let _ = sendmsg(&link, &[IoSlice::new(names.as_bytes())], &mut ancillary, SendFlags::NOSIGNAL);
-        link.set_nonblocking(true).context("cannot set up a socket")?;
-        Ok(Worker { child, link, since: Instant::now(), serves: false })
+        let _ = link.write_all(format!("{}\n", table.unwrap_or_default()).as_bytes());
+        let hear = move || {
+            // What it could not end when it died does not count.
+            let whole = BufReader::new(link).split(b'\n').map_while(Result::ok);
+            whole.filter_map(|line| String::from_utf8(line).ok()).filter(|line| line.ends_with(']')).last()
+        };
+        let ear = std::thread::Builder::new().name("nbd-ear".into()).spawn(hear).context("cannot start a thread")?;
+        Ok(Worker { child, since: Instant::now(), ear })
     }
 
-    fn has_served(&mut self) -> bool {
-        let mut said = [0; SERVES.len()];
-        loop {
-            match self.link.read(&mut said) {
-                Ok(n) if n > 0 => self.serves = true,
-                Err(e) if e.kind() == ErrorKind::Interrupted => {}
-                _ => return self.serves,
-            }
-        }
+    /// Of one that has ended.
+    fn last_words(self) -> Option<String> {
+        self.ear.join().unwrap_or_default()
     }
 
     fn signal(&self, signal: Signal) {

@@ -4,7 +4,7 @@
 //! A simple reply has its error in front of its data: a read that fails after its first slice has
 //! gone can only be told by hanging up. A structured one tells it, and where, in a chunk of its own.
 
-use crate::export::Export;
+use crate::export::Visit;
 use crate::handshake::Chosen;
 use crate::parked::Parked;
 use crate::proto::{
@@ -31,14 +31,14 @@ struct Terms {
 }
 
 /// Serves until the client leaves.
-pub fn serve(wire: &mut Wire, chosen: Chosen<'_>) -> io::Result<()> {
+pub fn serve(wire: &mut Wire, chosen: Chosen) -> io::Result<()> {
     let terms = Terms {
-        volume_bytes: chosen.export.volume.bytes(),
-        read_only: chosen.export.read_only,
+        volume_bytes: chosen.visit.0.volume.bytes(),
+        read_only: chosen.visit.0.read_only,
         form: chosen.form,
         contexts: chosen.contexts,
     };
-    let mut session = Session { wire, lane: chosen.lane, export: chosen.export, terms, parked: Parked::default() };
+    let mut session = Session { wire, lane: chosen.lane, visit: chosen.visit, terms, parked: Parked::default() };
     while session.next_is_there()? {
         let bytes = if terms.form == Form::Extended { EXTENDED_REQUEST_BYTES } else { REQUEST_BYTES };
         let Some(request) = Request::parse(session.wire.take(bytes)?, terms.form) else {
@@ -55,8 +55,9 @@ pub fn serve(wire: &mut Wire, chosen: Chosen<'_>) -> io::Result<()> {
 
 struct Session<'a> {
     wire: &'a mut Wire,
+    /// Closed before the export is left.
     lane: Lane,
-    export: &'a Export,
+    visit: Visit,
     terms: Terms,
     parked: Parked,
 }
@@ -154,7 +155,7 @@ impl Session<'_> {
     fn answer_parked(&mut self) -> io::Result<()> {
         while let Some((request, ended)) = self.parked.retry(&mut self.lane) {
             if matches!(ended, Err(Error::NoSpace)) {
-                self.export.refused_writes.fetch_add(1, Ordering::Relaxed);
+                self.visit.0.refused_writes.fetch_add(1, Ordering::Relaxed);
             }
             let result = ended.map_err(|error| errno_of(&error));
             let result = result.and_then(|()| flush_if_asked(&mut self.lane, &request));

@@ -98,7 +98,9 @@ fn qemu_connects_again_by_itself() {
     let commands = ["write -P 7 0 4M", "flush", "sleep 3000", "read -P 7 0 4M", "write -P 9 4M 1M", "read -P 9 4M 1M"];
     let mut qemu = Command::new("qemu-io");
     qemu.args(["--image-opts", &image]);
-    commands.iter().for_each(|line| drop(qemu.args(["-c", line])));
+    commands.iter().for_each(|line| {
+        qemu.args(["-c", line]);
+    });
     std::thread::scope(|scope| {
         let said = scope.spawn(|| run(&mut qemu));
         std::thread::sleep(Duration::from_millis(1500));

@@ -19,8 +19,9 @@ use std::time::Duration;
 const EPOCH_PAGES: usize = 16;
 /// A blocking write that makes no progress for this long is refused.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// The same while the disk tier has not answered. As long as the kernel waits for a disk, by default.
-const PATIENCE_WITH_DISK: Duration = Duration::from_secs(30);
+/// The same while the disk tier has not answered. Whoever is to mend a disk may need the memory that waits for
+/// it, so it has an end too.
+const PATIENCE_WITH_DISK: Duration = Duration::from_secs(10);
 
 /// Where a decoded group stood. A segment that was sealed then and still has that number has the same
 /// bytes; of one that was still open this is sure within one epoch only.

@@ -307,6 +307,13 @@ impl Store {
         Ok(())
     }
 
+    pub(crate) fn reset_volume(&self, id: VolumeId, bytes: u64) -> Result<()> {
+        check_volume_bytes(bytes)?;
+        let _one_at_a_time = self.shared().volumes.lock().unwrap_or_else(PoisonError::into_inner);
+        self.shared().arena.volume_bytes(id).store(bytes, Ordering::Release);
+        Ok(())
+    }
+
     fn volume_count(&self) -> usize {
         *self.shared().volumes.lock().unwrap_or_else(PoisonError::into_inner)
     }

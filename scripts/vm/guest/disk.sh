@@ -16,26 +16,35 @@ else
     disk=block:/dev/vda
 fi
 echo "kernel $(uname -r), THP $thp, hog $hog MiB, tiers $ram and $disk, $deaths deaths"
-dev=$(ghostswap-ublk add --size 16T --tier "$ram" --tier "$disk" --swapon)
+dev=$(ghostswap-ublk add --size 16T --tier "$ram" --tier "$disk")
 number() { ghostswap-ublk status --json 2> /dev/null | grep -oE "\"$1\":[0-9]+" | head -n 1 | cut -d: -f2; }
 rc=0
-if [ "$kind" = block ] && mkfs.ext4 -q -F /dev/vda 2> /dev/null; then echo "somebody else may write to the tier"; rc=1; fi
-: > /tmp/hog.out
-ghostswap-hog --mib "$hog" --threads 2 --seconds "$seconds" --thp "$thp" --hold --check-all > /tmp/hog.out 2>&1 &
-hogpid=$!
 if [ "$kind" = file ]; then
-    # A disk that does not answer for longer than a full store lets a write wait.
+    # A disk that does not answer for longer than a full store has a write wait. Not as swap: whoever is to thaw
+    # it must not need memory that it frees.
+    dd if=/dev/urandom of=/tmp/data bs=1M count=160 2> /dev/null
+    dd if=/tmp/data of="$dev" bs=1M oflag=direct 2> /tmp/dd.out &
     for _ in $(seq 600); do
-        written=$(number written_segments) || written=0
-        [ "${written:-0}" -lt 40 ] || break
-        sleep 0.2
+        [ "$(number written_segments)" -lt 40 ] || break
+        sleep 0.1
     done
     echo "the file system is frozen with $(number written_segments) segments written"
     fsfreeze --freeze /mnt
     sleep 6
+    echo "and thawed with $(number written_segments)"
     fsfreeze --unfreeze /mnt
-    echo "and thawed with $(number written_segments), $(number writes_parked) writes parked"
+    wait $! || { cat /tmp/dd.out; rc=1; }
+    dd if="$dev" bs=1M count=160 iflag=direct 2> /dev/null | cmp - /tmp/data || { echo "a frozen disk lost data"; rc=1; }
+    [ "$(number writes_refused)" = 0 ] || { echo "$(number writes_refused) writes were refused"; rc=1; }
+    [ "$(number writes_parked)" -gt 0 ] || { echo "no write had to wait"; rc=1; }
+    rm /tmp/data
+    blkdiscard "$dev"
 fi
+ghostswap-ublk swapon 0
+if [ "$kind" = block ] && mkfs.ext4 -q -F /dev/vda 2> /dev/null; then echo "somebody else may write to the tier"; rc=1; fi
+: > /tmp/hog.out
+ghostswap-hog --mib "$hog" --threads 2 --seconds "$seconds" --thp "$thp" --hold --check-all > /tmp/hog.out 2>&1 &
+hogpid=$!
 died=0
 while kill -0 $hogpid 2> /dev/null && ! grep -q touches/s /tmp/hog.out; do
     sleep 1

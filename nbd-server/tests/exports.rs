@@ -1,0 +1,177 @@
+//! Exports that come and go while others are served, and outlive the worker that made them.
+#![allow(clippy::unwrap_used)] // Clippy's leave for tests does not reach their helpers.
+
+mod common;
+
+use common::{run, Raw, Server};
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
+
+impl Server {
+    fn control(&self) -> String {
+        self.directory.join("control").display().to_string()
+    }
+
+    fn exports(&self, arguments: &[&str]) -> Output {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ghostswap-nbd"));
+        command.arg("exports").args(arguments).args(["--control", &self.control()]).output().unwrap()
+    }
+
+    /// Name, size and connections of each.
+    fn list(&self) -> Vec<(String, String)> {
+        let output = self.exports(&["list"]);
+        assert!(output.status.success(), "{output:?}");
+        let text = String::from_utf8(output.stdout).unwrap();
+        let lines = text.lines().skip(1).map(|line| line.split_whitespace().collect::<Vec<_>>());
+        lines.map(|words| (words[0].to_owned(), words[3].to_owned())).collect()
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.list().into_iter().map(|(name, _)| name).collect()
+    }
+
+    fn refuses(&self, arguments: &[&str], code: i32, why: &str) {
+        let output = self.exports(arguments);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.code() == Some(code) && said.contains(why), "{arguments:?}: {output:?}");
+        assert_eq!(said.lines().count(), 1, "{said}");
+    }
+
+    fn does(&self, arguments: &[&str]) {
+        let output = self.exports(arguments);
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+    }
+
+    fn client(&self, export: &[u8]) -> Raw {
+        let mut client = self.connect();
+        client.enter(export);
+        client
+    }
+
+    fn start_with_control(name: &str, arguments: &[&str]) -> Server {
+        let control = std::env::temp_dir().join(format!("ghostswap-nbd-{name}-{}/control", std::process::id()));
+        Server::start(name, &[&["--control", control.to_str().unwrap()], arguments].concat())
+    }
+
+    fn kill_worker(&self) {
+        let worker = self.worker();
+        run(Command::new("kill").args(["-s", "KILL", &worker.to_string()]));
+        let end = Instant::now() + Duration::from_secs(20);
+        while self.worker() == worker {
+            assert!(Instant::now() < end, "nobody takes over");
+        }
+    }
+}
+
+fn write(client: &mut Raw, byte: u8) {
+    client.request(0, 1, 8192, 4096, &[[byte; 2048], [byte ^ 0x55; 2048]].concat());
+    assert_eq!(client.errno(), 0);
+}
+
+fn reads(client: &mut Raw, byte: u8) -> bool {
+    client.request(0, 0, 8192, 4096, b"");
+    assert_eq!(client.errno(), 0);
+    let got = client.take(4096);
+    got[..2048] == [byte; 2048]
+}
+
+fn leave(mut client: Raw) {
+    client.request(0, 2, 0, 0, b"");
+    assert!(client.is_hung_up_on());
+}
+
+#[test]
+fn exports_are_added_and_removed_while_others_are_served() {
+    let server = Server::start_with_control("exports", &["--export", "a,size=1M"]);
+    let mut first = server.client(b"a");
+    write(&mut first, 1);
+    server.does(&["add", "b,size=16M,linger=1h"]);
+    server.refuses(&["add", "b"], 1, "two exports are named 'b'");
+    server.refuses(&["add", "c,colour=red"], 2, "unknown export option");
+    server.refuses(&["remove", "x"], 1, "no export 'x'");
+    let mut second = server.client(b"b");
+    write(&mut second, 2);
+    server.refuses(&["remove", "b"], 1, "has clients");
+    let count = |n: &str| server.list().iter().filter(|(_, connections)| connections == n).count();
+    assert_eq!((server.names(), count("1")), (vec!["a".to_owned(), "b".to_owned()], 2));
+    // The next worker has them too, with what they hold.
+    server.kill_worker();
+    let (mut first, mut second) = (server.client(b"a"), server.client(b"b"));
+    assert!(reads(&mut first, 1) && reads(&mut second, 2));
+    leave(second);
+    let end = Instant::now() + Duration::from_secs(10);
+    while !server.exports(&["remove", "b"]).status.success() {
+        assert!(Instant::now() < end, "its client has left");
+    }
+    assert_eq!(server.names(), ["a"]);
+    // Its volume is used again, and nothing of what it held is seen.
+    server.does(&["add", "c,size=32M"]);
+    let mut third = server.client(b"c");
+    assert!(reads(&mut third, 0) && reads(&mut first, 1));
+    write(&mut third, 3);
+    server.kill_worker();
+    assert_eq!(server.names(), ["a", "c"]);
+    assert!(reads(&mut server.client(b"c"), 3) && reads(&mut server.client(b"a"), 1));
+    let info = run(Command::new("nbdinfo").args(["--size", &server.uri("c")]));
+    assert_eq!(info.trim(), (32 << 20).to_string());
+    server.end();
+}
+
+#[test]
+fn a_template_makes_an_export_for_each_client_and_drops_it_when_nobody_comes_again() {
+    let server =
+        Server::start_with_control("template", &["--export", "a,size=1M", "--export", "swap-*,size=8M,linger=2s"]);
+    assert_eq!(server.names(), ["a", "swap-*"]);
+    let (mut one, mut two) = (server.client(b"swap-1"), server.client(b"swap-2"));
+    write(&mut one, 1);
+    write(&mut two, 2);
+    assert_eq!(server.names(), ["a", "swap-1", "swap-2", "swap-*"]);
+    // A second connection is to the same.
+    assert!(reads(&mut server.client(b"swap-1"), 1));
+    leave(two);
+    // Who comes back in time finds everything.
+    let mut two = server.client(b"swap-2");
+    assert!(reads(&mut two, 2) && reads(&mut one, 1));
+    // So does who lost the worker.
+    server.kill_worker();
+    let mut two = server.client(b"swap-2");
+    assert!(reads(&mut two, 2));
+    let end = Instant::now() + Duration::from_secs(20);
+    while server.names() != ["a", "swap-2", "swap-*"] {
+        assert!(Instant::now() < end, "{:?}", server.names());
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    // Anew, and empty.
+    assert!(reads(&mut server.client(b"swap-1"), 0));
+    server.does(&["remove", "swap-*"]);
+    let mut refused = server.connect();
+    refused.greet();
+    assert_ne!(refused.option(7, b"\0\0\0\x06swap-7\0\0"), 1);
+    assert!(reads(&mut two, 2));
+    server.end();
+}
+
+#[test]
+fn names_that_a_template_covers_cannot_use_up_a_server() {
+    let server = Server::start_with_control("many", &["--export", "keep,size=1M", "--export", "t-*,size=1M,linger=1"]);
+    let mut kept = server.client(b"keep");
+    let mut refused = 0;
+    for n in 0..200 {
+        let mut client = server.connect();
+        client.greet();
+        let name = format!("t-{n}");
+        let data = [&(name.len() as u32).to_be_bytes(), name.as_bytes(), &[0, 0]].concat();
+        // INFO: nobody goes there.
+        refused += u32::from(client.option(6, &data) != 1);
+    }
+    assert!(refused > 0, "there are not so many volumes");
+    write(&mut kept, 9);
+    let end = Instant::now() + Duration::from_secs(20);
+    while server.names() != ["keep", "t-*"] {
+        assert!(Instant::now() < end, "{:?}", server.names());
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    write(&mut server.client(b"t-500"), 5);
+    assert!(reads(&mut kept, 9));
+    server.end();
+}
