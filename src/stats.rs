@@ -77,6 +77,8 @@ pub struct DiskStats {
     pub compacted_segments: u64,
     pub write_errors: u64,
     pub read_errors: u64,
+    /// In extents that were to be compacted or drained and could not be read.
+    pub unreadable_bytes: u64,
     /// Fetches whose blocks were not what was written there.
     pub corrupt: u64,
     /// The last page found so: volume and number.

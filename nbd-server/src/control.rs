@@ -97,7 +97,8 @@ pub fn list(path: &Path, as_json: bool) -> Result<String> {
         let options: Vec<String> = options.into_iter().flatten().collect();
         lines.push(format!(
             "{:<24}{:>12}{:>13}  {}",
-            export["name"].as_str().unwrap_or("?"),
+            // A client may have chosen it.
+            export["name"].as_str().unwrap_or("?").escape_debug().to_string(),
             format_size(export["size_bytes"].as_u64().unwrap_or(0)),
             export["connections"].as_u64().map_or_else(|| "-".into(), |n| n.to_string()),
             options.join(",")

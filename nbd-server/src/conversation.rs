@@ -39,7 +39,7 @@ pub fn from_requests(offer: &Offer, form: Form, input: &[u8]) -> Said {
 /// An offer of exports as on the command line, without TLS.
 pub fn offer(store: &Store, exports: &[&str]) -> ghostswap::Result<Offer> {
     let parsed = exports.iter().map(|text| text.parse()).collect::<std::result::Result<Vec<_>, _>>();
-    let exports = Exports::open(store, &parsed.map_err(ghostswap::Error::InvalidConfig)?, None, drop)?;
+    let exports = Exports::open(store, &parsed.map_err(ghostswap::Error::InvalidConfig)?, None, drop, true)?;
     Ok(Offer { exports, tls: Tls::Off, handshake_time: Duration::from_secs(600) })
 }
 

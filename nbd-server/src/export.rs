@@ -2,7 +2,7 @@
 
 use crate::proto::MAX_NAME_BYTES;
 use ghostswap::config::{parse_size, parse_time};
-use ghostswap::{Error, Store, Volume, MAX_VOLUME_BYTES};
+use ghostswap::{Error, Store, Volume, MAX_VOLUME_BYTES, PAGE_BYTES};
 use serde::{Deserialize, Serialize};
 use serde_json::{json, Value};
 use std::fmt;
@@ -40,6 +40,13 @@ impl ExportConfig {
     }
 }
 
+fn volume_bytes(text: &str) -> Result<u64, String> {
+    match parse_size(text)? {
+        bytes if bytes > 0 && bytes % PAGE_BYTES as u64 == 0 && bytes <= MAX_VOLUME_BYTES => Ok(bytes),
+        _ => Err(format!("size={text}: a multiple of 4096, above 0 and up to 16T")),
+    }
+}
+
 impl fmt::Display for ExportConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{},size={}", self.name, self.size)?;
@@ -74,7 +81,7 @@ impl FromStr for ExportConfig {
         };
         for part in options.split(',').filter(|part| !part.is_empty()) {
             match part.split_once('=') {
-                Some(("size", value)) => config.size = parse_size(value)?,
+                Some(("size", value)) => config.size = volume_bytes(value)?,
                 Some(("linger", value)) => config.linger = Some(Duration::from_secs(parse_time(value)?.into())),
                 Some(("client", value)) => {
                     if value.split(':').any(str::is_empty) {
@@ -102,6 +109,8 @@ pub struct Export {
     clients: Vec<String>,
     /// How long it stays when its last client has left; `None`: until it is removed.
     linger: Option<Duration>,
+    /// After a template, for whoever named it.
+    made: bool,
     /// Writes refused for want of room, after they had waited for it.
     pub refused_writes: AtomicU64,
     visits: Mutex<Visits>,
@@ -135,13 +144,14 @@ fn access(clients: &[String], names: Option<&[String]>) -> Access {
 }
 
 impl Export {
-    fn new(config: &ExportConfig, volume: Volume, linger: Option<Duration>) -> Arc<Export> {
+    fn new(config: &ExportConfig, volume: Volume, made: bool) -> Arc<Export> {
         Arc::new(Export {
             name: config.name.clone(),
             volume,
             read_only: config.read_only,
             clients: config.clients.clone(),
-            linger,
+            linger: config.linger.or(made.then_some(LINGER)),
+            made,
             refused_writes: AtomicU64::new(0),
             visits: Mutex::new(Visits { open: 0, since: Instant::now(), closed: false }),
         })
@@ -189,8 +199,12 @@ pub enum Refusal {
 pub struct Exports {
     store: Store,
     table: Mutex<Table>,
+    /// One at a time.
+    sweeping: Mutex<()>,
     /// Hears of every change: the line that the next worker begins with.
     tell: Box<dyn Fn(String) + Send + Sync>,
+    /// Clients show certificates that somebody has signed.
+    knows_clients: bool,
 }
 
 struct Table {
@@ -209,6 +223,7 @@ struct Entry {
     read_only: bool,
     clients: Vec<String>,
     linger_seconds: Option<u64>,
+    made_after_template: bool,
     /// None: it is a template.
     volume: Option<u8>,
 }
@@ -221,6 +236,7 @@ impl Entry {
             read_only: export.read_only,
             clients: export.clients.clone(),
             linger_seconds: export.linger.map(|linger| linger.as_secs()),
+            made_after_template: export.made,
             volume: Some(export.volume.id()),
         }
     }
@@ -232,6 +248,7 @@ impl Entry {
             read_only: config.read_only,
             clients: config.clients.clone(),
             linger_seconds: config.linger.map(|linger| linger.as_secs()),
+            made_after_template: false,
             volume: None,
         }
     }
@@ -254,15 +271,23 @@ impl Exports {
         wanted: &[ExportConfig],
         before: Option<&str>,
         tell: impl Fn(String) + Send + Sync + 'static,
+        knows_clients: bool,
     ) -> Result<Exports, Error> {
         let mut table = Table { exports: Vec::new(), templates: Vec::new(), free: Vec::new(), dirty: Vec::new() };
         let mut volumes = store.volumes();
+        let with = |table| Exports {
+            store: store.clone(),
+            table: Mutex::new(table),
+            sweeping: Mutex::new(()),
+            tell: Box::new(tell),
+            knows_clients,
+        };
         let Some(before) = before else {
             // A worker that died before it could tell may have made some.
             table.dirty = volumes;
-            let exports = Exports { store: store.clone(), table: Mutex::new(table), tell: Box::new(tell) };
+            let exports = with(table);
             exports.sweep();
-            wanted.iter().try_for_each(|config| exports.add_quietly(config))?;
+            wanted.iter().try_for_each(|config| exports.put(&mut lock(&exports.table), config))?;
             return Ok(exports);
         };
         let damaged = |why: String| Error::InvalidConfig(format!("the table of exports is damaged: {why}"));
@@ -275,10 +300,10 @@ impl Exports {
             };
             let at = volumes.iter().position(|volume| volume.id() == number);
             let volume = volumes.swap_remove(at.ok_or_else(|| damaged(format!("no volume {number}")))?);
-            table.exports.push(Export::new(&config, volume, config.linger));
+            table.exports.push(Export::new(&config, volume, entry.made_after_template));
         }
         table.dirty = volumes;
-        Ok(Exports { store: store.clone(), table: Mutex::new(table), tell: Box::new(tell) })
+        Ok(with(table))
     }
 
     pub fn all(&self) -> Vec<Arc<Export>> {
@@ -286,11 +311,22 @@ impl Exports {
     }
 
     /// The export of a name, for a client: one that there is, or one made now after a template. The empty name is the
-    /// protocol's default export: the first.
+    /// protocol's default export: the first that nobody else named.
     pub fn find(&self, name: &[u8], names: Option<&[String]>) -> Result<Arc<Export>, Refusal> {
+        match self.find_now(name, names) {
+            // Volumes that are just being emptied are as good as free.
+            Err(Refusal::Store(Error::TooMany { .. })) => {
+                self.sweep();
+                self.find_now(name, names)
+            }
+            found => found,
+        }
+    }
+
+    fn find_now(&self, name: &[u8], names: Option<&[String]>) -> Result<Arc<Export>, Refusal> {
         let mut table = lock(&self.table);
         let found = match name {
-            [] => table.exports.first(),
+            [] => table.exports.iter().find(|export| !export.made),
             _ => table.exports.iter().find(|export| export.name.as_bytes() == name),
         };
         if let Some(export) = found {
@@ -307,7 +343,7 @@ impl Exports {
         }
         let config = ExportConfig { name: name.to_owned(), ..template.clone() };
         let volume = table.volume(&self.store, config.size).map_err(Refusal::Store)?;
-        let export = Export::new(&config, volume, Some(config.linger.unwrap_or(LINGER)));
+        let export = Export::new(&config, volume, true);
         table.exports.push(export.clone());
         self.tell_of(&table);
         Ok(export)
@@ -317,8 +353,11 @@ impl Exports {
         (self.tell)(table.line());
     }
 
-    fn add_quietly(&self, config: &ExportConfig) -> Result<(), Error> {
-        let mut table = lock(&self.table);
+    fn put(&self, table: &mut Table, config: &ExportConfig) -> Result<(), Error> {
+        if !config.clients.is_empty() && !self.knows_clients {
+            let why = format!("export '{}': client= needs --tls-client-ca or --tls-verify-peer", config.name);
+            return Err(Error::InvalidConfig(why));
+        }
         if table.exports.iter().any(|export| export.name == config.name)
             || table.templates.iter().any(|template| template.name == config.name)
         {
@@ -328,15 +367,17 @@ impl Exports {
             table.templates.push(config.clone());
         } else {
             let volume = table.volume(&self.store, config.size)?;
-            table.exports.push(Export::new(config, volume, config.linger));
+            table.exports.push(Export::new(config, volume, false));
         }
         Ok(())
     }
 
     /// Adds an export or a template.
     pub fn add(&self, config: &ExportConfig) -> Result<(), Error> {
-        self.add_quietly(config)?;
-        self.tell_all();
+        let mut table = lock(&self.table);
+        self.put(&mut table, config)?;
+        // Before anybody finds it.
+        self.tell_of(&table);
         Ok(())
     }
 
@@ -358,16 +399,30 @@ impl Exports {
                 return Err(format!("export '{name}' has clients: let them leave first"));
             }
             let export = table.exports.remove(at);
-            table.dirty.push(export.volume.clone());
+            self.tell_of(&table);
+            drop(table);
+            return self
+                .empty(export.volume.clone())
+                .map_err(|error| format!("export '{name}' is gone, and what it held goes when it can: {error}"));
         }
         self.tell_of(&table);
-        drop(table);
-        self.sweep();
         Ok(())
+    }
+
+    /// Drops what a volume holds, after which it can be another export's.
+    fn empty(&self, volume: Volume) -> ghostswap::Result<()> {
+        let emptied = volume.reset(volume.bytes());
+        let mut table = lock(&self.table);
+        match emptied {
+            Ok(()) => table.free.push(volume),
+            Err(_) => table.dirty.push(volume),
+        }
+        emptied
     }
 
     /// Removes exports whose last client left long enough ago, and empties the volumes of all that were removed.
     pub fn sweep(&self) {
+        let _alone = lock(&self.sweeping);
         let mut table = lock(&self.table);
         let over = |export: &Arc<Export>| {
             export.linger.is_some_and(|linger| export.close(|visits| visits.since.elapsed() >= linger))
@@ -381,12 +436,8 @@ impl Exports {
         }
         let dirty = std::mem::take(&mut table.dirty);
         drop(table);
-        // It takes its time, and others may come meanwhile.
-        let (empty, dirty): (Vec<_>, Vec<_>) =
-            dirty.into_iter().partition(|volume| volume.reset(volume.bytes()).is_ok());
-        let mut table = lock(&self.table);
-        table.free.extend(empty);
-        table.dirty.extend(dirty);
+        // It takes its time, and others may come meanwhile. What cannot be emptied now is tried again.
+        dirty.into_iter().for_each(|volume| drop(self.empty(volume)));
     }
 
     /// All of them, as JSON, each with how many clients are there.
@@ -472,6 +523,9 @@ mod tests {
             "a,client=x:",
             "a,client",
             "a,linger=long",
+            "a,size=0",
+            "a,size=5000",
+            "a,size=17T",
             "a-*-*",
         ] {
             assert!(parsed(bad).is_err(), "{bad}");

@@ -159,16 +159,17 @@ impl Args {
         })
     }
 
+    fn tls_files_in_use(&self) -> Option<TlsFiles> {
+        self.tls_files().filter(|_| self.tls != Some(TlsMode::Off))
+    }
+
+    /// Clients show certificates that somebody has signed.
+    fn knows_clients(&self) -> bool {
+        self.tls_files_in_use().is_some_and(|files| files.client_ca.is_some())
+    }
+
     fn tls(&self) -> Result<Tls> {
-        let files = self.tls_files().filter(|_| self.tls != Some(TlsMode::Off));
-        let knows_clients = files.as_ref().is_some_and(|files| files.client_ca.is_some());
-        if let Some(export) = self.export.iter().find(|export| !export.clients.is_empty() && !knows_clients) {
-            return Err(bad_usage(format!(
-                "export '{}': client= needs --tls-client-ca or --tls-verify-peer",
-                export.name
-            )));
-        }
-        let Some(files) = files else {
+        let Some(files) = self.tls_files_in_use() else {
             return match self.tls {
                 None | Some(TlsMode::Off) => Ok(Tls::Off),
                 Some(_) => Err(bad_usage("--tls needs --tls-cert and --tls-key, or --tls-certificates".into())),
@@ -250,16 +251,17 @@ fn serve(args: &Args, given: Given) -> Result<()> {
         config.max_lanes = lanes.into();
     }
     let connections = args.max_connections.map_or(config.max_lanes + NEGOTIATING, |most| most as usize);
-    let store = Store::open_arena(config, given.arena.try_clone().context("cannot keep the arena")?)?;
+    let Given { arena, listeners, table, link } = given;
+    let store = Store::open_arena(config, arena)?;
     let offer = Offer {
-        exports: Exports::open(&store, &args.export, given.table.as_deref(), given.teller()?)?,
+        exports: Exports::open(&store, &args.export, table.as_deref(), link.teller()?, args.knows_clients())?,
         tls,
         handshake_time: Duration::from_secs(args.handshake_time.into()),
     };
     let idle_time = args.idle_time.map(|seconds| Duration::from_secs(seconds.into()));
     let server = Server::new(offer, Limits { connections, idle_time });
-    server.serve_at(&given.listeners)?;
-    given.watch()?;
+    server.serve_at(&listeners)?;
+    link.watch()?;
     for signal in signals.forever() {
         if signal != SIGUSR1 {
             break;

@@ -23,6 +23,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitCode, ExitStatus};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tracing::{error, warn};
@@ -40,16 +42,21 @@ const SHORT: Duration = Duration::from_secs(1);
 
 /// What a worker is given.
 pub struct Given {
+    /// The only descriptor of it here: closing another would give up the arena's lock.
     pub arena: OwnedFd,
     pub listeners: Vec<Listener>,
     /// The exports that the worker before had; None: there was none.
     pub table: Option<String>,
-    link: BufReader<UnixStream>,
+    pub link: Link,
 }
+
+/// A worker's connection to its supervisor.
+pub struct Link(BufReader<UnixStream>);
 
 struct Worker {
     child: Child,
     since: Instant,
+    serves: Arc<AtomicBool>,
     /// Hears what it says until it ends: the last it said of its exports, if it ever served.
     ear: JoinHandle<Option<String>>,
 }
@@ -81,20 +88,20 @@ pub fn given() -> Result<Option<Given>> {
     let mut table = String::new();
     link.read_line(&mut table).context("no supervisor")?;
     let table = Some(table.trim_end().to_owned()).filter(|table| !table.is_empty());
-    Ok(Some(Given { arena, listeners, table, link }))
+    Ok(Some(Given { arena, listeners, table, link: Link(link) }))
 }
 
-impl Given {
+impl Link {
     /// What tells the supervisor of exports. The first time it says that the worker serves.
     pub fn teller(&self) -> Result<impl Fn(String) + Send + Sync> {
-        let link = self.link.get_ref().try_clone().context("no supervisor")?;
+        let link = self.0.get_ref().try_clone().context("no supervisor")?;
         // A supervisor that is gone is told of elsewhere.
         Ok(move |table: String| drop((&link).write_all(format!("{table}\n").as_bytes())))
     }
 
     /// From now on hears of the supervisor's end.
     pub fn watch(self) -> Result<()> {
-        let mut link = self.link;
+        let mut link = self.0;
         let watch = move || {
             // Nothing more is said; it ends with the supervisor.
             let _ = link.read(&mut [0]);
@@ -110,16 +117,20 @@ pub fn run(signals: &mut Signals, arena: &OwnedFd, listeners: &[Listener]) -> Re
     let mut table = None;
     let mut worker = Worker::start(arena, listeners, None)?;
     let (mut ending, mut pause) = (false, PAUSE);
-    for signal in signals.forever() {
-        match signal {
-            SIGCHLD => {}
-            SIGUSR1 => worker.signal(Signal::USR1),
-            _ => {
-                ending = true;
-                worker.signal(Signal::TERM);
+    loop {
+        let received: Vec<_> = signals.wait().collect();
+        for signal in received {
+            match signal {
+                SIGCHLD => {}
+                // Before it serves it does not know that signal, and would end by it.
+                SIGUSR1 if worker.serves.load(Ordering::Relaxed) => worker.signal(Signal::USR1),
+                SIGUSR1 => {}
+                _ => {
+                    ending = true;
+                    worker.signal(Signal::TERM);
+                }
             }
         }
-        // Signals that come close together may be told as one.
         let Some(status) = worker.child.try_wait().context("cannot wait for the worker")? else { continue };
         let lived = worker.since.elapsed();
         table = worker.last_words().or(table);
@@ -135,9 +146,11 @@ pub fn run(signals: &mut Signals, arena: &OwnedFd, listeners: &[Listener]) -> Re
                 Err(e) => error!("no worker takes over: {e:#}; trying again"),
             }
             std::thread::sleep(LONGEST_PAUSE);
+            if signals.pending().any(|signal| signal != SIGUSR1 && signal != SIGCHLD) {
+                bail!("told to end while no worker could be started");
+            }
         };
     }
-    bail!("no signals come any more")
 }
 
 fn code_of(status: ExitStatus, ending: bool) -> ExitCode {
@@ -155,6 +168,29 @@ impl Worker {
         ensure!(listeners.len() <= MOST_SOCKETS, "at most {MOST_SOCKETS} sockets to listen at");
         let names: String = listeners.iter().map(|listener| format!("{}\n", listener.name)).collect();
         ensure!(names.len() <= MOST_NAMES, "the names of the sockets are too long");
+        let descriptors: Vec<BorrowedFd<'_>> =
+            std::iter::once(arena.as_fd()).chain(listeners.iter().map(|listener| listener.socket.as_fd())).collect();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_SOCKETS + 1))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        ensure!(ancillary.push(SendAncillaryMessage::ScmRights(&descriptors)), "too many sockets");
+        // What is sent waits for it, and so does the ear: nothing may fail once it is there.
+        let names = [IoSlice::new(names.as_bytes())];
+        sendmsg(&link, &names, &mut ancillary, SendFlags::NOSIGNAL).context("cannot hand over the sockets")?;
+        link.write_all(format!("{}\n", table.unwrap_or_default()).as_bytes())
+            .context("cannot hand over the exports")?;
+        let serves = Arc::new(AtomicBool::new(false));
+        let heard = serves.clone();
+        let hear = move || {
+            let (mut link, mut line, mut last) = (BufReader::new(link), String::new(), None);
+            // What it had not said to the end when it died does not count.
+            while link.read_line(&mut line).is_ok() && line.ends_with('\n') {
+                heard.store(true, Ordering::Relaxed);
+                last = Some(line.trim_end().to_owned());
+                line.clear();
+            }
+            last
+        };
+        let ear = std::thread::Builder::new().name("nbd-ear".into()).spawn(hear).context("cannot start a thread")?;
         let arguments: Vec<OsString> = std::env::args_os().collect();
         let mut command = Command::new(SELF);
         command.arg0(arguments.first().cloned().unwrap_or_else(|| "ghostswap-nbd".into())).args(&arguments[1..]);
@@ -163,21 +199,7 @@ impl Worker {
             command.env_remove(variable);
         }
         let child = command.spawn().context("cannot start a worker")?;
-        let descriptors: Vec<BorrowedFd<'_>> =
-            std::iter::once(arena.as_fd()).chain(listeners.iter().map(|listener| listener.socket.as_fd())).collect();
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_SOCKETS + 1))];
-        let mut ancillary = SendAncillaryBuffer::new(&mut space);
-        ensure!(ancillary.push(SendAncillaryMessage::ScmRights(&descriptors)), "too many sockets");
-        // A worker that has died already is found so by its signal.
-        let _ = sendmsg(&link, &[IoSlice::new(names.as_bytes())], &mut ancillary, SendFlags::NOSIGNAL);
-        let _ = link.write_all(format!("{}\n", table.unwrap_or_default()).as_bytes());
-        let hear = move || {
-            // What it could not end when it died does not count.
-            let whole = BufReader::new(link).split(b'\n').map_while(Result::ok);
-            whole.filter_map(|line| String::from_utf8(line).ok()).filter(|line| line.ends_with(']')).last()
-        };
-        let ear = std::thread::Builder::new().name("nbd-ear".into()).spawn(hear).context("cannot start a thread")?;
-        Ok(Worker { child, since: Instant::now(), ear })
+        Ok(Worker { child, since: Instant::now(), serves, ear })
     }
 
     /// Of one that has ended.

@@ -86,6 +86,9 @@ fn usage_stale_sockets_and_other_servers() {
     server.child.kill().unwrap();
     server.child.wait().unwrap();
     run(Command::new("kill").args(["-s", "KILL", &worker]));
+    while UnixStream::connect(&socket).is_ok() {
+        std::thread::sleep(Duration::from_millis(10));
+    }
     assert!(server.socket().exists());
     let next = Command::new(env!("CARGO_BIN_EXE_ghostswap-nbd"))
         .args(["--unix", &socket, "--export", "a,size=1M"])

@@ -53,6 +53,9 @@ impl Mapping {
         // its memory can itself be swapped: fine for an export, checked by front ends that swap.
         // SAFETY: the range is our mapping.
         unsafe { libc::mlock2(base, len, libc::MLOCK_ONFAULT as libc::c_uint) };
+        // A core dump would write pages out that are nobody's business, and hold up whoever takes over.
+        // SAFETY: the range is our mapping.
+        unsafe { libc::madvise(base, len, libc::MADV_DONTDUMP) };
         Ok(Mapping { base: base.cast(), len, file })
     }
 

@@ -180,6 +180,11 @@ impl Segments {
         self.retire_if_dead(arena, open.segment)
     }
 
+    /// Any that is sealed from now on has this number or a greater one.
+    pub fn next_sequence(&self) -> u64 {
+        self.sequence.load(Ordering::Relaxed)
+    }
+
     fn retire_if_dead(&self, arena: &Arena, s: SegmentId) -> bool {
         let e = arena.segment_entry(s);
         // The caller sealed the segment or took live bytes off it. Of one that does this and one

@@ -35,6 +35,8 @@ use std::time::{Duration, Instant};
 /// Segments written at once.
 const WRITES: usize = 4;
 const NAP: Duration = Duration::from_millis(50);
+/// Segments that cannot be read and are passed over before all are tried again.
+const MOST_UNREADABLE: usize = 64;
 /// How long a tier that failed rests at first, and at most.
 const REST: Duration = Duration::from_secs(1);
 const LONGEST_REST: Duration = Duration::from_secs(30);
@@ -64,9 +66,16 @@ pub(super) struct Mover {
     moving: bool,
     rest: Duration,
     resting_until: Option<Instant>,
-    /// When to look for extents to compact again, after one that could not be.
+    /// When to look for extents to bring up again, after one for which there was no room, or when too many could not
+    /// be read.
     compact_after: Option<Instant>,
+    /// Segments that could not be brought up, each by the number of its sealing.
+    unreadable: Vec<(SegmentId, u64)>,
 }
+
+/// Whatever its age.
+#[cfg(feature = "crash-points")]
+const ANY: (u32, u64) = (0, u64::MAX);
 
 /// A claimed segment and where it goes.
 #[derive(Clone, Copy)]
@@ -90,6 +99,7 @@ impl Mover {
             rest: REST,
             resting_until: None,
             compact_after: None,
+            unreadable: Vec::with_capacity(MOST_UNREADABLE),
             shared,
         }
     }
@@ -132,12 +142,14 @@ impl Mover {
         }
         self.moving = wanted > 0;
         let compacted = self.compact(&shared, lower);
-        let by_hand = shared.write_back.load(Ordering::Relaxed);
+        let by_hand = shared.write_back.load(Ordering::Acquire);
         let mut idle_s = 0;
+        let mut before = u64::MAX;
         if let (0, Some(age)) = (wanted, by_hand.checked_sub(1)) {
             (wanted, idle_s) = (WRITES as u32, age as u32);
+            before = shared.write_back_before.load(Ordering::Relaxed);
         }
-        if wanted > 0 && lower.free() > 0 && self.move_some(&shared, lower, wanted as usize, idle_s) {
+        if wanted > 0 && lower.free() > 0 && self.move_some(&shared, lower, wanted as usize, (idle_s, before)) {
             return true;
         }
         if by_hand != 0 {
@@ -151,7 +163,7 @@ impl Mover {
     #[cfg(feature = "crash-points")]
     pub fn move_now(&mut self) -> bool {
         let s = self.shared.clone();
-        s.lower.as_ref().is_some_and(|lower| lower.claim() && self.move_some(&s, lower, WRITES, 0))
+        s.lower.as_ref().is_some_and(|lower| lower.claim() && self.move_some(&s, lower, WRITES, ANY))
     }
 
     /// The same.
@@ -161,9 +173,10 @@ impl Mover {
         s.lower.as_ref().is_some_and(|lower| lower.claim() && self.bring_up(&s, lower, mostly_dead))
     }
 
-    /// False: nothing could be moved.
-    fn move_some(&mut self, s: &Shared, lower: &Lower, wanted: usize, idle_s: u32) -> bool {
-        self.choose(s, wanted.min(WRITES), idle_s);
+    /// Of what was written so many seconds ago, and sealed with a lower number than that. False: nothing could be
+    /// moved.
+    fn move_some(&mut self, s: &Shared, lower: &Lower, wanted: usize, old: (u32, u64)) -> bool {
+        self.choose(s, wanted.min(WRITES), old);
         self.claim(s, lower);
         if self.on_the_way.is_empty() {
             return false;
@@ -218,12 +231,16 @@ impl Mover {
     }
 
     /// Lists the likeliest victims, the best first: those passed over for having been read come last.
-    fn choose(&mut self, s: &Shared, wanted: usize, idle_s: u32) {
+    fn choose(&mut self, s: &Shared, wanted: usize, (idle_s, before): (u32, u64)) {
         self.likely.clear();
         let now = s.clock_s.load(Ordering::Relaxed);
+        let is_meant = |id, age| {
+            (idle_s == 0 || now.saturating_sub(s.segments.past(&s.arena, id).0) >= idle_s)
+                && (before == u64::MAX || s.segments.next_sequence().saturating_sub(age) < before)
+        };
         for id in (0..grow::known_segments(s)).map(SegmentId) {
             let Some((live, _, age)) = s.segments.sealed(&s.arena, id) else { continue };
-            if live == 0 || idle_s > 0 && now.saturating_sub(s.segments.past(&s.arena, id).0) < idle_s {
+            if live == 0 || !is_meant(id, age) {
                 continue;
             }
             let one = (s.segments.is_raw(&s.arena, id), age, id);
@@ -279,7 +296,9 @@ impl Mover {
     fn bring_up(&mut self, s: &Shared, lower: &Lower, wanted: impl Fn((u32, u32)) -> bool) -> bool {
         let emptiest = (0..grow::known_segments(s)).map(SegmentId).filter_map(|id| {
             let (live, used, _) = s.segments.sealed_below(&s.arena, id)?;
-            (live > 0 && wanted((live, used))).then_some((live, id))
+            let passed_over =
+                self.unreadable.iter().any(|(bad, as_)| *bad == id && s.segments.sealed_as(&s.arena, id) == Some(*as_));
+            (live > 0 && wanted((live, used)) && !passed_over).then_some((live, id))
         });
         let Some((_, id)) = emptiest.min_by_key(|(live, _)| *live) else { return false };
         let Some(below) = s.segments.begin_cleaning_below(&s.arena, id) else { return false };
@@ -292,18 +311,22 @@ impl Mover {
             self.copier.copy(s, id, below.used, age_s, record)
         });
         s.segments.end_cleaning(&s.arena, id);
-        let pause = match copied {
+        match copied {
             Some(true) => {
                 lower.counts.compacted.fetch_add(1, Ordering::Relaxed);
                 s.wake_cleaner();
                 return true;
             }
             // No room in memory at this moment.
-            Some(false) => NAP,
-            // It cannot be read, or is damaged: its pages are found so when they are asked for.
-            None => LONGEST_REST,
-        };
-        self.compact_after = Some(Instant::now() + pause);
+            Some(false) => self.compact_after = Some(Instant::now() + NAP),
+            // It cannot be read, or is damaged: its pages are found so when they are asked for. The others' turn.
+            None => self.unreadable.push((id, below.sequence)),
+        }
+        lower.counts.unreadable.store(self.unreadable.len() as u64, Ordering::Relaxed);
+        if self.unreadable.len() == MOST_UNREADABLE {
+            self.unreadable.clear();
+            self.compact_after = Some(Instant::now() + LONGEST_REST);
+        }
         false
     }
 }
@@ -329,6 +352,7 @@ pub(super) fn stats(s: &Shared, lower: &Lower) -> DiskStats {
         compacted_segments: count(&c.compacted),
         write_errors: count(&c.write_errors),
         read_errors: count(&c.read_errors),
+        unreadable_bytes: count(&c.unreadable) * lower.extent_bytes(),
         corrupt: count(&c.corrupt),
         last_corrupt: (count(&c.corrupt) > 0).then(|| {
             let page = count(&c.last_corrupt);

@@ -208,7 +208,7 @@ impl Lane {
     /// tier, which is to make that room, has not answered.
     pub fn patience(&self) -> Duration {
         match &self.store.shared().lower {
-            Some(lower) if lower.is_waited_for() => PATIENCE_WITH_DISK,
+            Some(lower) if lower.is_slow() => PATIENCE_WITH_DISK,
             _ => PATIENCE,
         }
     }

@@ -11,7 +11,7 @@
 //!
 //! Lock order: none on the I/O path. `lanes` and `volumes` are mutexes taken only when a lane or a
 //! volume is opened or closed. `audit` takes `lanes`, then `quiet` in order; each background thread
-//! takes its own of `quiet` for a step and nothing else within.
+//! takes its own of `quiet` for a step and nothing else within. `changing` is taken alone.
 
 mod append;
 mod audit;
@@ -39,7 +39,7 @@ pub use standby::Standby;
 #[cfg(feature = "crash-points")]
 pub use steps::Steps;
 
-use crate::arena::{create_arena, Arena, Waiting};
+use crate::arena::{create_arena, host_seconds, Arena, Waiting};
 use crate::config::{Checked, StoreConfig};
 use crate::error::{Error, Result};
 use crate::io::Backing;
@@ -98,6 +98,8 @@ pub(crate) struct Shared {
     pub limit: AtomicU64,
     /// What is older than so many seconds, less one, is to go down, short of memory or not; 0: nothing.
     pub write_back: AtomicU64,
+    /// Of what was sealed with a lower number than this.
+    pub write_back_before: AtomicU64,
     /// The host's seconds, as growth last saw them.
     pub clock_s: AtomicU32,
     growth: OnceLock<Thread>,
@@ -106,6 +108,8 @@ pub(crate) struct Shared {
     lanes: Mutex<Vec<bool>>,
     /// How many there are.
     volumes: Mutex<usize>,
+    /// Held while the limit is set.
+    changing: Mutex<()>,
     /// Held by growth, by the cleaner and by the mover while they do anything.
     pub quiet: [Mutex<()>; 3],
 }
@@ -136,12 +140,14 @@ impl Shared {
             recompress_all: AtomicBool::new(false),
             limit: AtomicU64::new(arena.limit(config.limit_bytes).unwrap_or(config.limit_bytes)),
             write_back: AtomicU64::new(0),
+            write_back_before: AtomicU64::new(0),
             clock_s: AtomicU32::new(0),
             growth: OnceLock::new(),
             cleaner: OnceLock::new(),
             mover: OnceLock::new(),
             lanes: Mutex::new(vec![false; config.max_lanes]),
             volumes: Mutex::new(found.volumes),
+            changing: Mutex::new(()),
             quiet: [Mutex::new(()), Mutex::new(()), Mutex::new(())],
             arena,
             config,
@@ -418,6 +424,7 @@ fn build(mut config: Checked, waiting: Waiting, backing: Option<Backing>) -> Res
         tracing::info!("took up an arena: {volumes} volumes, {count} pages, in {:?}", begun.elapsed());
     }
     let shared = Arc::new(Shared::new(config, arena, map, segments, lower, &what));
+    shared.clock_s.store(host_seconds()?, Ordering::Relaxed);
     let growth = grow::Growth::new(shared.clone(), what.frames, what.meta, found);
     Ok((shared, growth, !found))
 }

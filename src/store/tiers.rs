@@ -10,6 +10,7 @@ use crate::page::SegmentId;
 use crate::stats::TierStats;
 use crate::tier::Lower;
 use std::sync::atomic::Ordering;
+use std::sync::PoisonError;
 
 impl Store {
     /// The tiers, in the order in which pages go down, and what each holds.
@@ -83,11 +84,12 @@ impl Store {
         if bytes > capacity.max(s.config.limit_bytes) {
             return bad(format!("the arena was made for a limit of {}: that is the most", format_size(capacity)));
         }
+        let _one_at_a_time = s.changing.lock().unwrap_or_else(PoisonError::into_inner);
         let needed = least_limit(s);
-        if bytes < needed {
+        if bytes < needed && bytes < s.limit_bytes() {
             return bad(format!("what is stored needs {} of memory at the least", format_size(needed)));
         }
-        let _growth_rests = s.quiet[0].lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        // Growth looks at it anew in each step, and may be waiting for memory within one: it is not waited for.
         s.arena.set_limit(s.config.limit_bytes, bytes);
         s.limit.store(bytes, Ordering::Relaxed);
         s.wake_growth();
@@ -117,7 +119,9 @@ impl Store {
         if lower.counts.failing.load(Ordering::Relaxed) {
             return Err(Error::InvalidConfig("the disk tier fails at this time".into()));
         }
-        s.write_back.store(u64::from(idle_s) + 1, Ordering::Relaxed);
+        // What comes later is not meant: or it would not end.
+        s.write_back_before.store(s.segments.next_sequence(), Ordering::Relaxed);
+        s.write_back.store(u64::from(idle_s) + 1, Ordering::Release);
         s.wake_mover();
         Ok(())
     }

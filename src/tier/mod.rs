@@ -20,6 +20,7 @@ use crate::page::ExtentNo;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 /// Extents that a place of so many bytes has, for segments of so many.
 pub(crate) fn extents_in(bytes: u64, segment_bytes: usize) -> u32 {
@@ -30,6 +31,10 @@ pub(crate) fn extents_in(bytes: u64, segment_bytes: usize) -> u32 {
 /// Segments have numbers of 24 bits, and those in memory need some too.
 const MAX_EXTENTS: u64 = 1 << 23;
 
+/// A disk that takes so long to answer is slow, and for how long after that.
+const LONG_WAIT: Duration = Duration::from_millis(500);
+const SLOW_FOR: Duration = Duration::from_secs(3);
+
 /// What became of reading and writing.
 #[derive(Default)]
 pub(crate) struct Counts {
@@ -39,6 +44,8 @@ pub(crate) struct Counts {
     pub bytes_fetched: AtomicU64,
     pub compacted: AtomicU64,
     pub write_errors: AtomicU64,
+    /// Segments that could not be brought up again.
+    pub unreadable: AtomicU64,
     pub read_errors: AtomicU64,
     /// Blocks that were not what was written there.
     pub corrupt: AtomicU64,
@@ -64,6 +71,10 @@ pub(crate) struct Lower {
     pub claimed: AtomicBool,
     /// The mover waits for the disk at this moment.
     waiting: AtomicBool,
+    /// Until when the disk counts as slow after it has answered, in milliseconds since `begun`: what it made room
+    /// for is not there the same moment.
+    slow_until_ms: AtomicU64,
+    begun: Instant,
     extents: u32,
     extent_bytes: u64,
     taken: AtomicU32,
@@ -83,6 +94,8 @@ impl Lower {
             counts: Counts::default(),
             claimed: AtomicBool::new(false),
             waiting: AtomicBool::new(false),
+            slow_until_ms: AtomicU64::new(0),
+            begun: Instant::now(),
             extents,
             extent_bytes,
             taken: AtomicU32::new(0),
@@ -125,15 +138,21 @@ impl Lower {
 
     /// Does what waits for the disk. Mover only.
     pub fn wait_for<T>(&self, body: impl FnOnce() -> T) -> T {
+        let since = Instant::now();
         self.waiting.store(true, Ordering::Relaxed);
         let done = body();
+        if since.elapsed() >= LONG_WAIT {
+            let until = self.begun.elapsed() + SLOW_FOR;
+            self.slow_until_ms.store(until.as_millis() as u64, Ordering::Relaxed);
+        }
         self.waiting.store(false, Ordering::Relaxed);
         done
     }
 
-    /// The disk has not answered the mover yet: it is slow, which is not the same as full.
-    pub fn is_waited_for(&self) -> bool {
-        self.waiting.load(Ordering::Relaxed)
+    /// The disk has not answered the mover yet, or not for long: it is slow, which is not the same as full.
+    pub fn is_slow(&self) -> bool {
+        let until = || u128::from(self.slow_until_ms.load(Ordering::Relaxed));
+        self.waiting.load(Ordering::Relaxed) || self.begun.elapsed().as_millis() < until()
     }
 
     /// Byte offset of an extent on the backing.

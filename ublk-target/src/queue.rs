@@ -46,6 +46,8 @@ use fetch::{Fetches, Read, FETCH, FETCHES};
 pub const SLICE_BYTES: usize = 64 << 10;
 /// How soon a parked write is tried again.
 const RETRY: Duration = Duration::from_millis(4);
+/// A refusal so long ago belongs to another shortage.
+const ANOTHER_SHORTAGE: Duration = Duration::from_secs(2);
 /// Least time between two refusals of one queue.
 const REFUSAL_PAUSE: Duration = Duration::from_millis(20);
 /// How often a queue shows that it goes on.
@@ -467,10 +469,9 @@ impl Server<'_> {
             Some(since) if !progress => now - since,
             _ => Duration::ZERO,
         };
-        // A refusal long ago belongs to another shortage, whose patience must not be charged to
-        // this one.
+        // The patience of another shortage must not be charged to this one.
         let patience = self.lane.patience();
-        let old = self.last_refusal > self.stuck_since && since_refusal >= Some(patience);
+        let old = self.last_refusal > self.stuck_since && since_refusal >= Some(ANOTHER_SHORTAGE);
         if waited.is_zero() || old {
             self.counters.parked.fetch_add(1, Ordering::Relaxed);
             self.stuck_since = Some(now);

@@ -57,10 +57,15 @@ fn drain(id: u32) -> Result<()> {
     let what = format!("drain /dev/ublkb{id}");
     let mut shown = Progress::new(&what);
     loop {
-        let used = device(id)?["stats"]["disk"]["used_bytes"].as_u64().unwrap_or(0);
+        let disk = &device(id)?["stats"]["disk"];
+        let bytes = |key: &str| disk[key].as_u64().unwrap_or(0);
+        let used = bytes("used_bytes");
         shown.tell(used, used == 0);
         if used == 0 {
             return Ok(());
+        }
+        if used <= bytes("unreadable_bytes") {
+            bail!("{} cannot be read and stay there; all else is in memory", format_size(used));
         }
         let [ended] = signals::poll([received.as_raw_fd()], LOOK_EVERY);
         if ended {
@@ -73,16 +78,22 @@ fn drain(id: u32) -> Result<()> {
 /// Returns when all that was old enough has gone down.
 pub fn write_back(id: u32, idle_s: u32) -> Result<()> {
     let written = |device: &Value| device["stats"]["disk"]["written_bytes"].as_u64().unwrap_or(0);
-    let before = written(&device(id)?);
+    let mut first = device(id)?;
     carry_out(id, &Request::WriteBack { idle_s })?;
     loop {
         let now = device(id)?;
         let disk = &now["stats"]["disk"];
+        if now["pid"] != first["pid"] {
+            // Another worker took over, and does not know of it.
+            first = now;
+            carry_out(id, &Request::WriteBack { idle_s })?;
+            continue;
+        }
         if disk["failing"] == true {
             bail!("the disk tier refuses writes; what did not go there stays in memory");
         }
         if disk["writing_back"] != true {
-            println!("{} written", format_size(written(&now).saturating_sub(before)));
+            println!("{} written", format_size(written(&now).saturating_sub(written(&first))));
             return Ok(());
         }
         std::thread::sleep(LOOK_EVERY);

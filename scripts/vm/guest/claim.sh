@@ -6,7 +6,8 @@ set -eu
 deaths=$1 rc=0
 echo "kernel $(uname -r), $deaths deaths"
 # The first dies while it serves, in the write below; the others within five steps of opening the store.
-dev=$(GHOSTSWAP_CRASH="$deaths,recovery:3" ghostswap-ublk add --size 1G --watchdog 30)
+plan=$deaths,commit:20$(for _ in $(seq 2 "$deaths"); do printf ,recovery:3; done)
+dev=$(GHOSTSWAP_CRASH=$plan ghostswap-ublk add --size 1G --watchdog 30)
 seq 1 1000000 | head -c 4194304 > /tmp/pages
 dd if=/tmp/pages of="$dev" bs=64k oflag=direct 2> /dev/null || { echo "the write failed"; rc=1; }
 dd if="$dev" of=/tmp/back bs=64k count=64 iflag=direct 2> /dev/null || { echo "the read failed"; rc=1; }
