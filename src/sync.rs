@@ -21,6 +21,16 @@ pub(crate) use loom::{
     thread::yield_now,
 };
 
+/// Time for a thread that is off its CPU to come back. Sleep, not yield: who spins takes from it the very time that it
+/// waits for, and one of higher priority yields to nobody.
+#[cfg(not(loom))]
+pub(crate) fn nap() {
+    std::thread::sleep(std::time::Duration::from_micros(100));
+}
+
+#[cfg(loom)]
+pub(crate) use loom::thread::yield_now as nap;
+
 /// Runs a model, by default with at most `preemptions` switches away from a thread that could go on
 /// (loom's measure of depth; `LOOM_MAX_PREEMPTIONS` says otherwise). None: all there are.
 #[cfg(all(test, loom))]

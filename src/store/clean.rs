@@ -11,7 +11,7 @@ use crate::log::policy::{cleaning, gain, worth, Candidate, Cleaning};
 use crate::log::record::most_total;
 use crate::log::segment::Open;
 use crate::page::SegmentId;
-use crate::sync::yield_now;
+use crate::sync::nap;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
@@ -19,6 +19,8 @@ use std::time::Duration;
 /// Victims taken from one look over the table.
 const BATCH: usize = 8;
 const NAP: Duration = Duration::from_millis(50);
+/// Groups of 64 segments that share a grace period.
+const LOTS: usize = 32;
 
 pub(super) struct Cleaner {
     shared: Arc<Shared>,
@@ -72,30 +74,35 @@ impl Cleaner {
         }
     }
 
-    /// Frees what was retired, after one grace period for all of it.
+    /// Frees what was retired, after one grace period for as much of it as `lots` holds.
     fn release(&mut self) {
         let s = &*self.shared;
         if !s.segments.any_retired() && !s.map.any_retired() {
             return;
         }
-        let nodes = s.map.take_retired();
+        let mut nodes = s.map.take_retired();
         // Only groups of segments that are known can have a bit set.
         let groups = (grow::known_segments(s) as usize).div_ceil(64).min(s.segments.retired_groups());
-        for group in 0..groups.max(1) {
-            let mut bits = s.segments.take_retired(group);
-            if bits == 0 && !(group == 0 && nodes != 0) {
-                continue;
+        let mut taken = (0..groups).map(|group| (group, s.segments.take_retired(group))).filter(|(_, bits)| *bits != 0);
+        loop {
+            let (mut lots, mut count) = ([(0, 0); LOTS], 0);
+            for lot in taken.by_ref().take(LOTS) {
+                lots[count] = lot;
+                count += 1;
             }
-            s.epochs.wait(yield_now);
-            if group == 0 {
-                s.map.release(&s.arena, nodes);
+            if count == 0 && nodes == 0 {
+                return;
             }
-            while bits != 0 {
-                let id = SegmentId(group as u32 * 64 + bits.trailing_zeros());
-                if let (Some(extent), Some(lower)) = (s.segments.release(&s.arena, id), &s.lower) {
-                    lower.give(extent);
+            s.epochs.wait(nap);
+            s.map.release(&s.arena, std::mem::take(&mut nodes));
+            for (group, mut bits) in lots.into_iter().take(count) {
+                while bits != 0 {
+                    let id = SegmentId(group as u32 * 64 + bits.trailing_zeros());
+                    if let (Some(extent), Some(lower)) = (s.segments.release(&s.arena, id), &s.lower) {
+                        lower.give(extent);
+                    }
+                    bits &= bits - 1;
                 }
-                bits &= bits - 1;
             }
         }
     }

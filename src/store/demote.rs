@@ -26,7 +26,7 @@ use crate::log::policy::{demotion, Pressure};
 use crate::log::segment::record_of;
 use crate::page::{ExtentNo, FrameNo, SegmentId};
 use crate::stats::DiskStats;
-use crate::sync::yield_now;
+use crate::sync::nap;
 use crate::tier::{Lower, PAYLOAD};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
@@ -200,7 +200,7 @@ impl Mover {
             s.segments.end_cleaning(&s.arena, way.segment);
         }
         lower.counts.segments_written.fetch_add(moved, Ordering::Relaxed);
-        s.epochs.wait(yield_now);
+        s.epochs.wait(nap);
         for (way, transfer) in self.on_the_way.drain(..).zip(self.transfers.drain(..)) {
             if transfer.result.is_ok() {
                 s.arena.put_frame(way.frame);

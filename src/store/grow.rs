@@ -10,6 +10,7 @@ use crate::config::Checked;
 use crate::error::Result;
 use crate::log::policy::{reserve_frames, surplus_frames, Demand};
 use crate::page::{FrameNo, MetaNo, SegmentId, PAGE_BYTES};
+use crate::sync::nap;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
@@ -19,8 +20,6 @@ const META_RESERVE: u32 = 64;
 /// Free metadata pages above which memory goes back.
 const META_SURPLUS: u32 = 4 * META_RESERVE;
 const META_STEP: u32 = 16;
-/// Sleep, not yield, while a lane is on its way: growth may have a priority that yields to no lane.
-const GRACE_NAP: Duration = Duration::from_micros(100);
 const NAP: Duration = Duration::from_millis(100);
 /// How soon to look again whether the host has memory to spare.
 const SPARE_NAP: Duration = Duration::from_millis(1);
@@ -228,7 +227,7 @@ impl Growth {
             s.held_frames.fetch_sub(1, Ordering::Relaxed);
         }
         for _ in 0..meta.div_ceil(4) {
-            let Some(m) = s.arena.shrink_meta(|| s.epochs.wait(|| std::thread::sleep(GRACE_NAP))) else { break };
+            let Some(m) = s.arena.shrink_meta(|| s.epochs.wait(nap)) else { break };
             self.meta.clear(m.0 - 1);
             s.held_meta.fetch_sub(1, Ordering::Relaxed);
         }
