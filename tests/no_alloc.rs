@@ -3,8 +3,8 @@
 //! process at the first call that is not on their list.
 //!
 //! What each may call stands in [`LANE`], [`PATIENT`], [`CLEANER`] and [`GROWTH`]. `futex` and
-//! `sched_yield` are all that a lane or the cleaner needs, to wake another thread and to let one
-//! finish; so a log record, a look-up of a name or the opening of a file would be caught as surely
+//! `sched_yield` are all that a lane needs, to wake another thread and to let one finish; the cleaner
+//! sleeps while a lane may still look at what it is to set free; so a log record, a look-up of a name or the opening of a file would be caught as surely
 //! as an allocation.
 //!
 //! Each store is so small that writes come back short and the cleaner never rests. After a warm-up
@@ -30,7 +30,7 @@ const LANE: &[libc::c_long] = &[libc::SYS_futex, libc::SYS_sched_yield];
 const PATIENT: &[libc::c_long] = &[libc::SYS_futex, libc::SYS_sched_yield, libc::SYS_clock_nanosleep];
 /// With a disk lanes read from it when they are asked to read what is there and to wait for it.
 const DISK: &[libc::c_long] = &[libc::SYS_futex, libc::SYS_sched_yield, libc::SYS_clock_nanosleep, libc::SYS_pread64];
-const CLEANER: &[libc::c_long] = LANE;
+const CLEANER: &[libc::c_long] = PATIENT;
 /// Growth makes memory resident, gives it back and asks how much there is (of
 /// /proc/zoneinfo too, by a descriptor that was opened before), and sleeps while a lane
 /// may still look at what it is to give back. (The clock is asked by a call where the kernel has no
