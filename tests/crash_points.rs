@@ -12,6 +12,7 @@
 
 mod ledger;
 
+use ghostswap::config::Limit;
 use ghostswap::{create_arena, Lane, Steps, Store, StoreConfig, MAX_VOLUME_BYTES};
 use ledger::{content, fork, wait, End, Ledger, Shared, PAGE};
 use std::collections::{BTreeMap, BTreeSet};
@@ -94,6 +95,8 @@ enum Op {
     /// Some segments down to disk; the emptiest there copied back to memory.
     Demote,
     Compact,
+    /// The memory limit is set, to what it is.
+    Limit,
 }
 
 const RAW: u64 = 3;
@@ -133,6 +136,7 @@ fn history() -> Vec<Op> {
         Discard(0, 512, 512),
         Clean,
         GiveBack,
+        Limit,
         Reopen,
         // Survivors of groups and of single pages.
         Write(1, 16, 32, SMALL),
@@ -228,6 +232,10 @@ impl<'a> Player<'a> {
             Op::GiveBack => self.steps.give_back(1),
             Op::Demote => drop(self.steps.demote()),
             Op::Compact => drop(self.steps.compact()),
+            Op::Limit => {
+                let limit = self.store.tiers()[0].limit_bytes;
+                self.store.set_limit(Limit::Bytes(limit)).unwrap();
+            }
         }
     }
 

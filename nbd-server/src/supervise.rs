@@ -164,7 +164,7 @@ fn code_of(status: ExitStatus, ending: bool) -> ExitCode {
 
 impl Worker {
     fn start(arena: &OwnedFd, listeners: &[Listener], table: Option<&str>) -> Result<Worker> {
-        let (mut link, its) = UnixStream::pair().context("cannot make a socket pair")?;
+        let (link, its) = UnixStream::pair().context("cannot make a socket pair")?;
         ensure!(listeners.len() <= MOST_SOCKETS, "at most {MOST_SOCKETS} sockets to listen at");
         let names: String = listeners.iter().map(|listener| format!("{}\n", listener.name)).collect();
         ensure!(names.len() <= MOST_NAMES, "the names of the sockets are too long");
@@ -173,14 +173,16 @@ impl Worker {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_SOCKETS + 1))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
         ensure!(ancillary.push(SendAncillaryMessage::ScmRights(&descriptors)), "too many sockets");
-        // What is sent waits for it, and so does the ear: nothing may fail once it is there.
+        // What is sent waits for it, as far as the socket holds it, and so does the ear: nothing may fail once it
+        // is there.
         let names = [IoSlice::new(names.as_bytes())];
         sendmsg(&link, &names, &mut ancillary, SendFlags::NOSIGNAL).context("cannot hand over the sockets")?;
-        link.write_all(format!("{}\n", table.unwrap_or_default()).as_bytes())
-            .context("cannot hand over the exports")?;
+        let table = format!("{}\n", table.unwrap_or_default());
         let serves = Arc::new(AtomicBool::new(false));
         let heard = serves.clone();
         let hear = move || {
+            // One that is gone already hears no more.
+            let _ = (&link).write_all(table.as_bytes());
             let (mut link, mut line, mut last) = (BufReader::new(link), String::new(), None);
             // What it had not said to the end when it died does not count.
             while link.read_line(&mut line).is_ok() && line.ends_with('\n') {
