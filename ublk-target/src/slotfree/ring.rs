@@ -103,7 +103,8 @@ impl<'a> Ring<'a> {
         self.consumer.load(Ordering::Acquire) >= gate
     }
 
-    /// Applies records, oldest first, until `budget` pages were in them.
+    /// Applies records, oldest first, until `budget` pages were in them. Those that follow one another in the area are
+    /// applied as one: a process's slots die one by one, but in a row.
     pub fn drain(&self, budget: u64, mut apply: impl FnMut(Freed)) -> (Drained, Tally) {
         let mut tally = Tally::default();
         if self.draining.swap(true, Ordering::Acquire) {
@@ -111,6 +112,7 @@ impl<'a> Ring<'a> {
         }
         let mut moved_to = self.consumer.load(Ordering::Relaxed);
         let mut at = moved_to;
+        let mut run: Option<Freed> = None;
         let ended = loop {
             let end = self.producer.load(Ordering::Acquire);
             // More than there is room for is not a position: nothing is to be read there.
@@ -119,6 +121,7 @@ impl<'a> Ring<'a> {
                 if at == moved_to {
                     break Drained::All;
                 }
+                run.take().into_iter().for_each(&mut apply);
                 self.consumer.store(at, Ordering::Release);
                 moved_to = at;
                 // See "Who is woken".
@@ -136,12 +139,16 @@ impl<'a> Ring<'a> {
             if mark & DISCARDED == 0 && len >= WORD {
                 let word = self.word(at + HEADER_BYTES, Ordering::Relaxed);
                 let freed = Freed { page: word & ((1 << PAGE_BITS) - 1), count: word >> PAGE_BITS };
-                apply(freed);
+                match &mut run {
+                    Some(run) if run.page.checked_add(run.count) == Some(freed.page) => run.count += freed.count,
+                    _ => run.replace(freed).into_iter().for_each(&mut apply),
+                }
                 tally.events += 1;
                 tally.pages = tally.pages.saturating_add(freed.count);
             }
             at += (HEADER_BYTES + len).next_multiple_of(WORD);
         };
+        run.into_iter().for_each(&mut apply);
         if at != moved_to {
             self.consumer.store(at, Ordering::Release);
         }

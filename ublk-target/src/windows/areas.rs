@@ -184,10 +184,10 @@ fn signature(device: &Path) -> Option<[u8; 9]> {
 }
 
 /// Makes a window a swap area.
-pub fn open(disk: &Path, window: &Window) -> Result<()> {
+pub fn open(disk: &Path, window: &Window, discards: bool) -> Result<()> {
     let file = File::open(disk).with_context(|| format!("cannot open {}", disk.display()))?;
     blkpg(&file, BLKPG_ADD_PARTITION, window).with_context(|| format!("cannot add partition {}", window.number))?;
-    let done = swap_on(&node(disk, window.number), window.pages, window.priority);
+    let done = swap_on(&node(disk, window.number), window.pages, window.priority, discards);
     if done.is_err() {
         let _ = blkpg(&file, BLKPG_DEL_PARTITION, window);
     }
@@ -222,12 +222,10 @@ fn discard(device: &File) -> Result<()> {
 }
 
 /// Makes a whole device one swap area; `pages` includes the header.
-pub fn swap_on(device: &Path, pages: u64, priority: i32) -> Result<()> {
+pub fn swap_on(device: &Path, pages: u64, priority: i32, discards: bool) -> Result<()> {
     write_header(device, pages)?;
     let path = CString::new(device.as_os_str().as_encoded_bytes())?;
-    // With the slot-free feed too: a burst of slots that die one by one may find its ring full, and what was not heard
-    // of goes when its cluster is empty.
-    let discard = SWAP_FLAG_DISCARD | SWAP_FLAG_DISCARD_PAGES;
+    let discard = if discards { SWAP_FLAG_DISCARD | SWAP_FLAG_DISCARD_PAGES } else { 0 };
     // SAFETY: the path is live and ends with NUL.
     if unsafe { libc::swapon(path.as_ptr(), SWAP_FLAG_PREFER | priority.clamp(0, 0x7fff) | discard) } == 0 {
         return Ok(());

@@ -28,6 +28,7 @@ pub use hand::{swap_off, swap_on};
 
 use crate::board::Shared;
 use crate::control::SwapOn;
+use crate::slotfree::Mode;
 use anyhow::{bail, Context, Result};
 use areas::{Area, Kept, TooManyAreas};
 use ghostswap::config::format_size;
@@ -200,7 +201,7 @@ impl Keeper {
 
     fn open(&mut self, window: &Window) -> Result<()> {
         self.listed = None;
-        match areas::open(&self.disk, window) {
+        match areas::open(&self.disk, window, self.discards()) {
             Ok(()) => {
                 self.known.push(window.number);
                 let (number, size) = (window.number, format_size(window.pages * PAGE_BYTES));
@@ -213,6 +214,12 @@ impl Keeper {
             }
             Err(e) => Err(e).with_context(|| format!("window {} cannot be opened", window.number)),
         }
+    }
+
+    /// Whether the kernel is to tell by discards what is free: it then takes fresh clusters before
+    /// half-empty ones.
+    fn discards(&self) -> bool {
+        self.shared.slot_free().0 == Mode::Discard
     }
 
     fn begin_retreat(&mut self, number: u32) -> Result<()> {
@@ -282,7 +289,7 @@ impl Keeper {
                 }
                 self.shared.board.windows.store(BY_HAND, Ordering::Relaxed);
                 let pages = self.device_pages()?.min(u32::MAX.into());
-                areas::swap_on(&self.disk, pages, self.priority)
+                areas::swap_on(&self.disk, pages, self.priority, self.discards())
             }
         }
     }
