@@ -135,10 +135,11 @@ impl Map {
     }
 
     /// Takes the leaf of a cluster out if all of it is empty.
-    pub fn drop_if_empty(&self, arena: &Arena, v: VolumeId, cluster: usize) {
+    pub fn drop_if_empty(&self, arena: &Arena, v: VolumeId, cluster: usize, likely: usize) {
         let Some(leaf) = self.leaf(arena, v, cluster) else { return };
         let frozen = freeze_empty(
             leaf,
+            likely,
             |slot| slot.load(Ordering::Relaxed) == Slot::EMPTY.0,
             |slot| {
                 crash_point!("drop leaf: partly frozen");
@@ -163,6 +164,7 @@ impl Map {
         self.retire(leaf, |next| arena.leaf(leaf)[0].store(Slot::frozen(next).0, Ordering::Release));
         let frozen = freeze_empty(
             links,
+            0,
             |link| link.load(Ordering::Relaxed) == 0,
             |link| {
                 crash_point!("unlink: node partly frozen");
@@ -225,13 +227,21 @@ impl Map {
 }
 
 /// Freezes all of a leaf's slots or a node's links if all are empty. Whoever emptied one calls this:
-/// the last of them to look, or whoever was freezing meanwhile, sees that all are empty.
-fn freeze_empty<T>(words: &[T], empty: impl Fn(&T) -> bool, freeze: impl Fn(&T) -> bool, thaw: impl Fn(&T)) -> bool {
+/// the last of them to look, or whoever was freezing meanwhile, sees that all are empty. `likely` is where one that is
+/// not empty is looked for first: pages die in a row, and those before it are.
+fn freeze_empty<T>(
+    words: &[T],
+    likely: usize,
+    empty: impl Fn(&T) -> bool,
+    freeze: impl Fn(&T) -> bool,
+    thaw: impl Fn(&T),
+) -> bool {
+    let (before, from) = words.split_at(likely);
     loop {
         // Between what we emptied (or thawed) and what we see of the others: of two that do this at
         // the same time, one at least sees what the other did.
         fence(Ordering::SeqCst);
-        if !words.iter().all(&empty) {
+        if !from.iter().chain(before).all(&empty) {
             return false;
         }
         let Some(i) = words.iter().position(|word| !freeze(word)) else { return true };

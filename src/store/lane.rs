@@ -441,7 +441,7 @@ impl Lane {
                 page += 1;
             }
         }
-        s.map.drop_if_empty(&s.arena, self.volume, cluster);
+        s.map.drop_if_empty(&s.arena, self.volume, cluster, PageNo(until as u32).slot());
     }
 }
 

@@ -252,7 +252,7 @@ fn a_leaf_is_discarded_whole_while_another_half_freezes_it() {
         shared.map.leaf_for_write(&shared.arena, VolumeId(0), 0).expect("there is room");
         let threads = vec![thread::spawn(move || {
             shared.epochs.enter(2);
-            shared.map.drop_if_empty(&shared.arena, VolumeId(0), 0);
+            shared.map.drop_if_empty(&shared.arena, VolumeId(0), 0, 0);
             shared.epochs.leave(2);
         })];
         put(&mut writer, 2, 1);

@@ -37,8 +37,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 const BTF_PATH: &str = "/sys/kernel/btf/vmlinux";
 /// Where it has the number of its event source for kprobes.
 pub const KPROBE_TYPE: &str = "/sys/bus/event_source/devices/kprobe/type";
-/// The ring: 16,384 records, what a process of 64 MiB in single pages leaves behind at once.
-const RING_BYTES: usize = 256 << 10;
+/// The ring, part of what `handover.rs` counts as one version: 32,768 records, what a process of 128 MiB in single pages
+/// leaves behind at once.
+const RING_BYTES: usize = 512 << 10;
 const PAGE: usize = 4096;
 
 /// What `--slot-free` asks for.
