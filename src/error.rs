@@ -1,5 +1,6 @@
 //! The library's one error type. Only a front end maps it to an errno or a protocol code.
 
+use crate::config::format_size;
 use std::fmt;
 
 /// Result of the library's calls.
@@ -61,10 +62,15 @@ pub enum Error {
         /// What the disk answered.
         source: std::io::Error,
     },
+    /// The volume holds as much as it may: what it writes is refused, an overwrite included, until it discards.
+    OverQuota {
+        /// What it may hold.
+        quota_bytes: u64,
+    },
     /// No volume has this number.
     NoVolume {
         /// The number asked for.
-        volume: u8,
+        volume: u16,
     },
     /// All lanes or volumes that the store was opened for are taken.
     TooMany {
@@ -99,6 +105,9 @@ impl fmt::Display for Error {
             Error::BadTier { tier, why } => write!(f, "tier {tier} cannot be used: {why}"),
             Error::Unreadable { page, segment, source } => {
                 write!(f, "page {page}: its record in segment {segment} cannot be read from its tier: {source}")
+            }
+            Error::OverQuota { quota_bytes } => {
+                write!(f, "the volume holds its quota of {}: discard some of it, or raise quota=", format_size(*quota_bytes))
             }
             Error::NoVolume { volume } => write!(f, "there is no volume {volume}"),
             Error::TooMany { what, max } => write!(f, "all {max} {what} are in use"),

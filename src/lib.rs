@@ -45,7 +45,7 @@ pub use stats::{Stats, TierStats};
 #[cfg(feature = "crash-points")]
 #[doc(hidden)]
 pub use store::Steps;
-pub use store::{Fetch, Lane, PageKind, Standby, Store, Taken};
+pub use store::{Fetch, Held, Lane, PageKind, Standby, Store, Taken};
 pub use volume::Volume;
 
 /// Bytes of a record's header for a page stored alone.

@@ -9,8 +9,8 @@ pub const SECTOR_BYTES: u64 = 512;
 pub const CLUSTER_PAGES: usize = if cfg!(loom) { 3 } else { 512 };
 /// Largest volume: page numbers are 32 bits wide, in the map and in the records.
 pub const MAX_VOLUME_BYTES: u64 = 1 << 44;
-/// Volumes to a store.
-pub const MAX_VOLUMES: usize = 64;
+/// Volumes to a store: what a record has bits for.
+pub const MAX_VOLUMES: usize = 1024;
 
 /// Number of a page within its volume.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -29,7 +29,7 @@ impl PageNo {
 
 /// A volume within its store.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct VolumeId(pub u8);
+pub struct VolumeId(pub u16);
 
 /// A logical segment: what slots name. The segment table says where it lives.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -75,6 +75,8 @@ pub struct DiskStats {
     pub fetches: u64,
     pub fetched_bytes: u64,
     pub compacted_segments: u64,
+    /// Segments brought up because they were asked for again and again.
+    pub promoted_segments: u64,
     pub write_errors: u64,
     pub read_errors: u64,
     /// In extents that were to be compacted or drained and could not be read.

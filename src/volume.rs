@@ -3,7 +3,7 @@
 
 use crate::error::Result;
 use crate::page::VolumeId;
-use crate::store::{Lane, Store};
+use crate::store::{Held, Lane, Store};
 
 /// A ghost device of a [`Store`]. Cheap to clone.
 #[derive(Clone)]
@@ -18,7 +18,7 @@ impl Volume {
     }
 
     /// Its number within the store: how [`Store::open_volume`] finds it again.
-    pub fn id(&self) -> u8 {
+    pub fn id(&self) -> u16 {
         self.id.0
     }
 
@@ -37,6 +37,25 @@ impl Volume {
     pub fn reset(&self, bytes: u64) -> Result<()> {
         self.lane()?.discard(0, self.bytes())?;
         self.store.reset_volume(self.id, bytes)
+    }
+
+    /// Bytes of records, headers included, that it holds on all tiers together, as far as they are charged yet.
+    pub fn held_bytes(&self) -> u64 {
+        self.store.volume_held_bytes(self.id)
+    }
+
+    /// The same by tier and its pages by kind, from a look at every page.
+    pub fn held(&self) -> Result<Held> {
+        if self.store.is_untouched(self.id) {
+            return Ok(Held::default());
+        }
+        self.lane().map(|mut lane| lane.held())
+    }
+
+    /// Has writes refused while it holds so many bytes or more ([`Volume::held_bytes`]); None: no such bound. It is
+    /// not kept in the arena: whoever opens the store again sets it again.
+    pub fn set_quota(&self, bytes: Option<u64>) {
+        self.store.set_quota(self.id, bytes);
     }
 
     /// Opens a lane: what one I/O thread reads and writes through.

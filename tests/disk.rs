@@ -44,6 +44,36 @@ fn more_than_memory_holds_comes_back() {
     }
 }
 
+/// As when an area is swapped off: pages come back one by one, and go.
+#[test]
+fn what_is_asked_for_page_by_page_comes_up_as_a_whole() {
+    let dir = Dir::new("promote");
+    let store = Store::open(config(&dir.tier(), "ram,limit=24M", "")).unwrap();
+    let mut lane = store.create_volume(1 << 30).unwrap().lane().unwrap();
+    write(&mut lane, 0..PAGES, 1);
+    write(&mut lane, 20_000..26_000, 2);
+    wait_for("moving down", || store.stats().disk.unwrap().live_bytes > 12 << 20);
+    // Nothing comes up while memory is short.
+    check(&mut lane, 0..100, 1);
+    assert_eq!(store.stats().disk.unwrap().promoted_segments, 0);
+    lane.discard(20_000 * PAGE as u64, 6000 * PAGE as u64).unwrap();
+    wait_for("memory", || store.stats().held_bytes < 20 << 20);
+    let disk = || store.stats().disk.unwrap();
+    let before = disk();
+    for first in (0..PAGES).step_by(100) {
+        check(&mut lane, first..first + 100, 1);
+        lane.discard(first * PAGE as u64, 100 * PAGE as u64).unwrap();
+        // The kernel takes a while for each page too.
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+    let after = disk();
+    assert!(after.promoted_segments > 20, "{after:?}");
+    assert!(after.fetches - before.fetches < PAGES / 4, "{after:?}");
+    drop(lane);
+    wait_for("giving the disk back", || disk().used_bytes == 0);
+    store.audit().unwrap();
+}
+
 #[test]
 fn half_dead_extents_make_room_for_others() {
     let dir = Dir::new("compact");

@@ -157,7 +157,7 @@ fn checked(store: Store, ledger: &Ledger) -> Result<Store, String> {
 }
 
 fn writer<'a>(store: &Store, ledger: &'a Ledger, thread: u64, seed: u64) -> Writer<'a> {
-    let lanes = (0..SIZES.len()).map(|v| store.open_volume(v as u8).unwrap().lane().unwrap()).collect();
+    let lanes = (0..SIZES.len()).map(|v| store.open_volume(v as u16).unwrap().lane().unwrap()).collect();
     Writer { lanes, ledger, thread, rng: Rng(seed), version: seed << 32, buf: vec![0; 512 * PAGE] }
 }
 
@@ -276,7 +276,7 @@ fn filled(store: &Store, bytes: u64, pages: u64) {
     }
 }
 
-fn compare(store: &Store, volume: u8, pages: u64) {
+fn compare(store: &Store, volume: u16, pages: u64) {
     let mut lane = store.open_volume(volume).unwrap().lane().unwrap();
     let (mut got, mut want) = (vec![0; PAGE], vec![0; PAGE]);
     for p in 0..pages {

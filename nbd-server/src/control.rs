@@ -86,20 +86,22 @@ pub fn list(path: &Path, as_json: bool) -> Result<String> {
     if as_json {
         return Ok(json!({ "exports": exports }).to_string());
     }
-    let mut lines = vec![format!("{:<24}{:>12}{:>13}  OPTIONS", "EXPORT", "SIZE", "CONNECTIONS")];
+    let mut lines = vec![format!("{:<24}{:>12}{:>12}{:>13}  OPTIONS", "EXPORT", "SIZE", "HELD", "CONNECTIONS")];
     for export in exports {
         let clients: Vec<&str> = export["clients"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
         let options = [
             (export["read_only"] == true).then(|| "ro".to_owned()),
+            export["quota_bytes"].as_u64().map(|quota| format!("quota={}", format_size(quota))),
             (!clients.is_empty()).then(|| format!("client={}", clients.join(":"))),
             export["linger_seconds"].as_u64().map(|seconds| format!("linger={seconds}s")),
         ];
         let options: Vec<String> = options.into_iter().flatten().collect();
         lines.push(format!(
-            "{:<24}{:>12}{:>13}  {}",
+            "{:<24}{:>12}{:>12}{:>13}  {}",
             // A client may have chosen it.
             export["name"].as_str().unwrap_or("?").escape_debug().to_string(),
             format_size(export["size_bytes"].as_u64().unwrap_or(0)),
+            export["held_bytes"].as_u64().map_or_else(|| "-".into(), format_size),
             export["connections"].as_u64().map_or_else(|| "-".into(), |n| n.to_string()),
             options.join(",")
         ));

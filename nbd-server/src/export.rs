@@ -15,12 +15,14 @@ use tracing::info;
 /// How long a template's export stays without a client, if it is not told.
 const LINGER: Duration = Duration::from_secs(60);
 
-/// One `--export NAME[,size=SIZE][,client=NAME[:NAME…]][,linger=TIME][,ro]`. With a star in its name it is a template: an
+/// One `--export NAME[,size=SIZE][,quota=SIZE][,client=NAME[:NAME…]][,linger=TIME][,ro]`. With a star in its name it is a template: an
 /// export is made for each client that asks for such a name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExportConfig {
     pub name: String,
     pub size: u64,
+    /// Bytes it may hold, compressed.
+    pub quota: Option<u64>,
     pub read_only: bool,
     /// Names in certificates; empty: everybody who is let in.
     pub clients: Vec<String>,
@@ -47,9 +49,17 @@ fn volume_bytes(text: &str) -> Result<u64, String> {
     }
 }
 
+fn quota_bytes(text: &str) -> Result<u64, String> {
+    match parse_size(text)? {
+        0 => Err("quota=0: nothing could be written; ro makes an export read-only".into()),
+        bytes => Ok(bytes),
+    }
+}
+
 impl fmt::Display for ExportConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{},size={}", self.name, self.size)?;
+        self.quota.map_or(Ok(()), |quota| write!(f, ",quota={quota}"))?;
         if !self.clients.is_empty() {
             write!(f, ",client={}", self.clients.join(":"))?;
         }
@@ -75,6 +85,7 @@ impl FromStr for ExportConfig {
         let mut config = ExportConfig {
             name: name.to_string(),
             size: MAX_VOLUME_BYTES,
+            quota: None,
             read_only: false,
             clients: Vec::new(),
             linger: None,
@@ -82,6 +93,7 @@ impl FromStr for ExportConfig {
         for part in options.split(',').filter(|part| !part.is_empty()) {
             match part.split_once('=') {
                 Some(("size", value)) => config.size = volume_bytes(value)?,
+                Some(("quota", value)) => config.quota = Some(quota_bytes(value)?),
                 Some(("linger", value)) => config.linger = Some(Duration::from_secs(parse_time(value)?.into())),
                 Some(("client", value)) => {
                     if value.split(':').any(str::is_empty) {
@@ -92,7 +104,7 @@ impl FromStr for ExportConfig {
                 None if part == "ro" => config.read_only = true,
                 _ => {
                     return Err(format!(
-                        "unknown export option '{part}': known are size=SIZE, client=NAME, linger=TIME and ro"
+                        "unknown export option '{part}': known are size=SIZE, quota=SIZE, client=NAME, linger=TIME and ro"
                     ))
                 }
             }
@@ -105,6 +117,7 @@ impl FromStr for ExportConfig {
 pub struct Export {
     pub name: String,
     pub volume: Volume,
+    quota: Option<u64>,
     pub read_only: bool,
     clients: Vec<String>,
     /// How long it stays when its last client has left; `None`: until it is removed.
@@ -145,9 +158,11 @@ fn access(clients: &[String], names: Option<&[String]>) -> Access {
 
 impl Export {
     fn new(config: &ExportConfig, volume: Volume, made: bool) -> Arc<Export> {
+        volume.set_quota(config.quota);
         Arc::new(Export {
             name: config.name.clone(),
             volume,
+            quota: config.quota,
             read_only: config.read_only,
             clients: config.clients.clone(),
             linger: config.linger.or(made.then_some(LINGER)),
@@ -220,12 +235,13 @@ struct Table {
 struct Entry {
     name: String,
     size_bytes: u64,
+    quota_bytes: Option<u64>,
     read_only: bool,
     clients: Vec<String>,
     linger_seconds: Option<u64>,
     made_after_template: bool,
     /// None: it is a template.
-    volume: Option<u8>,
+    volume: Option<u16>,
 }
 
 impl Entry {
@@ -233,6 +249,7 @@ impl Entry {
         Entry {
             name: export.name.clone(),
             size_bytes: export.volume.bytes(),
+            quota_bytes: export.quota,
             read_only: export.read_only,
             clients: export.clients.clone(),
             linger_seconds: export.linger.map(|linger| linger.as_secs()),
@@ -245,6 +262,7 @@ impl Entry {
         Entry {
             name: config.name.clone(),
             size_bytes: config.size,
+            quota_bytes: config.quota,
             read_only: config.read_only,
             clients: config.clients.clone(),
             linger_seconds: config.linger.map(|linger| linger.as_secs()),
@@ -257,6 +275,7 @@ impl Entry {
         ExportConfig {
             name: self.name.clone(),
             size: self.size_bytes,
+            quota: self.quota_bytes,
             read_only: self.read_only,
             clients: self.clients.clone(),
             linger: self.linger_seconds.map(Duration::from_secs),
@@ -440,15 +459,30 @@ impl Exports {
         dirty.into_iter().for_each(|volume| drop(self.empty(volume)));
     }
 
-    /// All of them, as JSON, each with how many clients are there.
+    /// All of them, as JSON, each with how many clients are there and what it holds.
     pub fn describe(&self) -> Value {
-        let table = lock(&self.table);
-        let exports = table.exports.iter().map(|export| {
+        let (exports, templates) = {
+            let table = lock(&self.table);
+            (table.exports.clone(), table.templates.iter().map(|t| json!(Entry::of_template(t))).collect::<Vec<_>>())
+        };
+        let exports = exports.iter().map(|export| {
             let mut value = json!(Entry::of_export(export));
             value["connections"] = lock(&export.visits).open.into();
+            value["held_bytes"] = export.volume.held_bytes().into();
+            // All lanes may be in use: then it is not known.
+            value["held"] = export.volume.held().map_or(Value::Null, |held| {
+                json!({
+                    "stored_pages": held.stored_pages,
+                    "filled_pages": held.filled_pages,
+                    "zero_pages": held.zero_pages,
+                    "lost_pages": held.lost_pages,
+                    "memory_bytes": held.memory_bytes,
+                    "disk_bytes": held.disk_bytes,
+                })
+            });
             value
         });
-        exports.chain(table.templates.iter().map(|template| json!(Entry::of_template(template)))).collect()
+        exports.chain(templates).collect()
     }
 }
 
@@ -505,13 +539,16 @@ mod tests {
         let parsed = |text: &str| text.parse::<ExportConfig>();
         let config = |name: &str, size, read_only, clients: &[&str]| {
             let clients = clients.iter().map(|name| name.to_string()).collect();
-            Ok(ExportConfig { name: name.into(), size, read_only, clients, linger: None })
+            Ok(ExportConfig { name: name.into(), size, quota: None, read_only, clients, linger: None })
         };
         assert_eq!(parsed("a"), config("a", MAX_VOLUME_BYTES, false, &[]));
         assert_eq!(parsed("swap,size=8M"), config("swap", 8 << 20, false, &[]));
         assert_eq!(parsed("old,ro,size=8M"), config("old", 8 << 20, true, &[]));
         assert_eq!(parsed("a,size=8M,client=n1:n2,client=n 3"), config("a", 8 << 20, false, &["n1", "n2", "n 3"]));
+        assert_eq!(parsed("a,quota=8G").map(|config| config.quota), Ok(Some(8 << 30)));
         for bad in [
+            "a,quota=0",
+            "a,quota=all",
             "",
             ",size=1G",
             "a,size=",

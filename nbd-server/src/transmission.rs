@@ -365,7 +365,7 @@ fn place_of(error: &Error, from: u64) -> u64 {
 /// The one place where the store's errors become the protocol's.
 fn errno_of(error: &Error) -> u32 {
     match error {
-        Error::NoSpace => errno::NOSPC,
+        Error::NoSpace | Error::OverQuota { .. } => errno::NOSPC,
         Error::OutOfRange { .. } | Error::Unaligned { .. } => errno::INVAL,
         Error::TooMany { .. } => errno::NOMEM,
         // Pages that are lost or damaged, the system's refusals, and what later versions add.

@@ -23,7 +23,7 @@ impl Server {
         assert!(output.status.success(), "{output:?}");
         let text = String::from_utf8(output.stdout).unwrap();
         let lines = text.lines().skip(1).map(|line| line.split_whitespace().collect::<Vec<_>>());
-        lines.map(|words| (words[0].to_owned(), words[3].to_owned())).collect()
+        lines.map(|words| (words[0].to_owned(), words[5].to_owned())).collect()
     }
 
     fn names(&self) -> Vec<String> {
@@ -156,7 +156,7 @@ fn names_that_a_template_covers_cannot_use_up_a_server() {
     let server = Server::start_with_control("many", &["--export", "keep,size=1M", "--export", "t-*,size=1M,linger=5"]);
     let mut kept = server.client(b"keep");
     let mut refused = 0;
-    for n in 0..200 {
+    for n in 0..1200 {
         let mut client = server.connect();
         client.greet();
         let name = format!("t-{n}");
@@ -173,5 +173,75 @@ fn names_that_a_template_covers_cannot_use_up_a_server() {
     }
     write(&mut server.client(b"t-500"), 5);
     assert!(reads(&mut kept, 9));
+    server.end();
+}
+
+/// What a process holds, in KiB.
+fn resident_kib(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+#[test]
+fn a_thousand_exports_of_16t_cost_an_idle_server_32_mib_at_most() {
+    let exports: Vec<String> = (0..1000).map(|n| format!("swap-{n},size=16T")).collect();
+    let arguments: Vec<&str> = exports.iter().flat_map(|export| ["--export", export]).collect();
+    let server = Server::start_with_control("thousand", &arguments);
+    let idle = |server: &Server| resident_kib(server.worker()) + resident_kib(server.child.id());
+    // Shared memory counts twice.
+    assert!(idle(&server) <= 32 << 10, "{} KiB", idle(&server));
+    // They are exports like any other, those of a second worker too.
+    for n in [0, 63, 64, 999] {
+        let mut client = server.client(format!("swap-{n}").as_bytes());
+        write(&mut client, n as u8);
+        leave(client);
+    }
+    server.kill_worker();
+    for n in [0, 63, 64, 999] {
+        let mut client = server.client(format!("swap-{n}").as_bytes());
+        assert!(reads(&mut client, n as u8), "export {n}");
+        leave(client);
+    }
+    assert_eq!(server.names().len(), 1000);
+    assert!(idle(&server) <= 32 << 10, "{} KiB", idle(&server));
+    server.end();
+}
+
+#[test]
+fn an_export_at_its_quota_says_so_and_leaves_others_alone() {
+    let exports = ["--export", "a,size=1G,quota=1M", "--export", "b,size=1G", "--tier", "ram,limit=64M"];
+    let server = Server::start_with_control("quota", &exports);
+    let (mut a, mut b) = (server.client(b"a"), server.client(b"b"));
+    let mut x = 1u64;
+    let mut noise = || {
+        let mut word = || {
+            x ^= x << 13;
+            x ^= x >> 7;
+            x ^= x << 17;
+            x.to_le_bytes()
+        };
+        (0..512).flat_map(|_| word()).collect::<Vec<u8>>()
+    };
+    let mut put = |client: &mut Raw, page: u64| {
+        client.request(0, 1, page * 4096, 4096, &noise());
+        client.errno()
+    };
+    let full = (0..1024).find(|page| put(&mut a, *page) != 0).unwrap();
+    assert!((240..280).contains(&full), "refused at page {full}");
+    assert_eq!(put(&mut a, full), 28, "ENOSPC");
+    assert_eq!(put(&mut b, 0), 0);
+    let output = server.exports(&["list", "--json"]);
+    let list: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let a_now = &list["exports"][0];
+    assert_eq!((&a_now["quota_bytes"], &a_now["held"]["stored_pages"]), (&(1 << 20).into(), &full.into()), "{list}");
+    assert_eq!(a_now["held"]["memory_bytes"], a_now["held_bytes"]);
+    // The next worker minds it as well; and trimming makes room.
+    server.kill_worker();
+    let mut a = server.client(b"a");
+    assert_eq!(put(&mut a, full), 28);
+    a.request(0, 4, 0, 16 * 4096, b"");
+    assert_eq!(a.errno(), 0);
+    assert_eq!(put(&mut a, full), 0);
     server.end();
 }

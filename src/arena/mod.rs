@@ -2,8 +2,7 @@
 //! indices, never by pointers.
 //!
 //! ```text
-//! 0                 superblock (64 KiB): magic, version, geometry, the volumes' sizes
-//! volume roots      64 × 32 KiB: the top node of each volume's map
+//! 0                 superblock (68 KiB): magic, version, geometry; the volumes: sizes, roots of their maps
 //! segment table     32 bytes a segment, in memory or below: where it lives, what of it is live
 //! metadata pages    4 KiB nodes of the maps, on demand
 //! frames            bytes of the segments in memory, on demand
@@ -41,14 +40,13 @@ use stack::IndexStack;
 use std::os::fd::BorrowedFd;
 use superblock::{Geometry, Layout, Superblock};
 
-/// Entries of a volume's top node.
-pub(crate) const ROOT_ENTRIES: usize = if cfg!(loom) { 1 } else { 8192 };
+/// Links of a volume's root.
+pub(crate) const ROOT_ENTRIES: usize = if cfg!(loom) { 1 } else { 8 };
 /// Entries of an inner node.
 pub(crate) const NODE_ENTRIES: usize = if cfg!(loom) { 2 } else { 1024 };
 /// Bytes of a segment table entry.
 pub(crate) const SEGMENT_ENTRY_BYTES: usize = 32;
 
-const ROOT_BYTES: usize = ROOT_ENTRIES * 4;
 /// Growth touches memory in steps of this, so that one step cannot wait long.
 const POPULATE_STEP: usize = 64 << 10;
 
@@ -159,10 +157,10 @@ impl Arena {
         Superblock(&self.map).volumes()
     }
 
-    /// Makes a volume: its root is there before its size says that it exists.
+    /// Makes a volume: its size, stored last, says that it exists.
     pub fn create_volume(&self, v: VolumeId, bytes: u64) -> Result<()> {
-        self.populate_root(v)?;
-        crash_point!("volume: root populated, size not stored");
+        Superblock(&self.map).populate_volume(v)?;
+        crash_point!("volume: there is room, size not stored");
         Superblock(&self.map).volume_bytes(v).store(bytes, Ordering::Release);
         Ok(())
     }
@@ -172,11 +170,8 @@ impl Arena {
         Superblock(&self.map).volume_bytes(v)
     }
 
-    pub fn populate_root(&self, v: VolumeId) -> Result<()> {
-        self.map.populate(self.at.roots_at + v.0 as usize * ROOT_BYTES, ROOT_BYTES)
-    }
     pub fn root(&self, v: VolumeId) -> &[AtomicU32] {
-        self.map.halves_at(self.at.roots_at + v.0 as usize * ROOT_BYTES, ROOT_ENTRIES)
+        Superblock(&self.map).root(v)
     }
 
     // --- metadata pages -----------------------------------------------------------------------

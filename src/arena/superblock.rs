@@ -8,26 +8,26 @@
 //!      88  16 bytes: the disk tier that pages went to, 0: none · 104 32 bytes: the key they are sealed with
 //!      136 memory limit by the configuration when 144 was set · 144 the limit in its place, 0: none
 //!      152 1: the disk tier is being drained
-//!      512 sizes of the 64 volumes in bytes, 0: no such volume
+//!     4096 the volumes, 64 bytes each: 0 size in bytes, 0: no such volume · 32 the 8 links of its map's root
 //! ```
+//! Of the volumes only those 4 KiB are there in which there is one.
 //! The magic is stored last, so an arena without it is one that was never handed out: empty. A
 //! volume's size is stored last, so a volume without it does not exist.
 
 use super::file::{ArenaFile, START_BYTES};
 use super::mapping::Mapping;
-use super::{ROOT_BYTES, SEGMENT_ENTRY_BYTES};
+use super::{ROOT_ENTRIES, SEGMENT_ENTRY_BYTES};
 use crate::config::Checked;
 use crate::error::{Error, Result};
 use crate::page::{VolumeId, MAX_VOLUMES, MAX_VOLUME_BYTES, PAGE_BYTES};
-use crate::sync::{AtomicU64, Ordering};
+use crate::sync::{AtomicU32, AtomicU64, Ordering};
 use crate::tier::extents_in;
 
 /// First 8 bytes of an arena.
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"GHOSTSWP");
 /// Version of an arena's layout; one of another is refused.
-pub const VERSION: u64 = 3;
+pub const VERSION: u64 = 4;
 
-const SUPERBLOCK_BYTES: usize = 64 << 10;
 const GROUP_AT: usize = 40;
 const CODECS_AT: usize = 48;
 const GROWN_FRAMES_AT: usize = 56;
@@ -40,7 +40,11 @@ const LIMIT_OF_AT: usize = 136;
 const LIMIT_AT: usize = 144;
 const DRAIN_AT: usize = 152;
 const FIELDS_END: usize = 160;
-const VOLUMES_AT: usize = 512;
+const VOLUMES_AT: usize = START_BYTES;
+const VOLUME_BYTES: usize = 64;
+const ROOT_AT: usize = 32;
+/// End of the superblock.
+const END: usize = VOLUMES_AT + MAX_VOLUMES * VOLUME_BYTES;
 
 const MAX_FRAMES: u32 = (1 << 24) - 1;
 const MAX_META: u32 = (1 << 31) - 2;
@@ -59,7 +63,6 @@ pub(super) struct Geometry {
 /// Byte offsets of the arena's parts.
 #[derive(Clone, Copy)]
 pub(super) struct Layout {
-    pub roots_at: usize,
     pub table_at: usize,
     pub meta_at: usize,
     pub frames_at: usize,
@@ -119,13 +122,12 @@ impl Geometry {
 
     pub fn layout(&self) -> Layout {
         let up = |n: usize| n.div_ceil(self.unit) * self.unit;
-        let roots_at = SUPERBLOCK_BYTES;
-        let table_at = up(roots_at + MAX_VOLUMES * ROOT_BYTES);
+        let table_at = up(END);
         let meta_at = up(table_at + self.max_segments as usize * SEGMENT_ENTRY_BYTES);
         // Metadata pages are numbered from 1, so that 0 can mean "none".
         let frames_at = (meta_at + (self.max_meta as usize + 1) * PAGE_BYTES).div_ceil(2 << 20) * (2 << 20);
         let end = up(frames_at + self.max_frames as usize * self.segment_bytes);
-        Layout { roots_at, table_at, meta_at, frames_at, end }
+        Layout { table_at, meta_at, frames_at, end }
     }
 }
 
@@ -218,22 +220,43 @@ impl<'a> Superblock<'a> {
     }
 
     pub fn volume_bytes(&self, v: VolumeId) -> &'a AtomicU64 {
-        self.0.u64_at(VOLUMES_AT + v.0 as usize * 8)
+        self.0.u64_at(volume_at(v))
+    }
+
+    pub fn root(&self, v: VolumeId) -> &'a [AtomicU32] {
+        self.0.halves_at(volume_at(v) + ROOT_AT, ROOT_ENTRIES)
+    }
+
+    /// Makes room for a volume.
+    pub fn populate_volume(&self, v: VolumeId) -> Result<()> {
+        self.0.populate(volume_at(v), VOLUME_BYTES)
     }
 
     /// Sizes of the volumes there are.
     pub fn volumes(&self) -> Result<Vec<u64>> {
-        let sizes = (0..MAX_VOLUMES).map(|v| self.volume_bytes(VolumeId(v as u8)).load(Ordering::Acquire));
-        let mut volumes: Vec<u64> = Vec::with_capacity(MAX_VOLUMES);
-        volumes.extend(sizes);
-        let count = volumes.iter().take_while(|b| **b != 0).count();
+        let mut sizes = Vec::new();
+        for v in (0..MAX_VOLUMES as u16).map(VolumeId) {
+            let first_of_page = volume_at(v) % PAGE_BYTES == 0;
+            if first_of_page && sizes.last() == Some(&0) {
+                break;
+            }
+            if first_of_page {
+                self.populate_volume(v)?;
+            }
+            sizes.push(self.volume_bytes(v).load(Ordering::Acquire));
+        }
+        let count = sizes.iter().take_while(|b| **b != 0).count();
         let sound = |b: &u64| *b % PAGE_BYTES as u64 == 0 && *b <= MAX_VOLUME_BYTES;
-        if !volumes[..count].iter().all(sound) || volumes[count..].iter().any(|b| *b != 0) {
+        if !sizes[..count].iter().all(sound) || sizes[count..].iter().any(|b| *b != 0) {
             return Err(Error::BadArena("its volumes' sizes make no sense".into()));
         }
-        volumes.truncate(count);
-        Ok(volumes)
+        sizes.truncate(count);
+        Ok(sizes)
     }
+}
+
+fn volume_at(v: VolumeId) -> usize {
+    VOLUMES_AT + usize::from(v.0) * VOLUME_BYTES
 }
 
 fn words(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
@@ -268,12 +291,20 @@ mod tests {
         assert_eq!(start[..8], *b"GHOSTSWP");
         assert_eq!((&start[88..104], &start[104..136]), (&[3; 16][..], &[7; 32][..]));
         let fields = [(8, VERSION), (16, 65536), (24, 64), (32, 1024), (40, 4), (48, 6), (56, 0), (72, 70)];
-        for (at, want) in fields.into_iter().chain([(136, 9), (144, 7), (152, 1), (520, 8192)]) {
+        for (at, want) in fields.into_iter().chain([(136, 9), (144, 7), (152, 1)]) {
             assert_eq!(start[at..at + 8], want.to_le_bytes(), "at {at}");
         }
+        block.root(VolumeId(1))[7].store(5, Ordering::Relaxed);
+        assert_eq!(map.u64_at(4096 + 64).load(Ordering::Relaxed), 8192);
+        assert_eq!(map.halves_at(4096 + 64 + 32, 8)[7].load(Ordering::Relaxed), 5);
         assert!(block.volumes().is_err(), "a volume after a gap");
         block.volume_bytes(VolumeId(0)).store(4096, Ordering::Relaxed);
         assert_eq!(block.volumes().unwrap(), [4096, 8192]);
+        // Those of the first page are as many as it has room for.
+        (0..64).for_each(|v| block.volume_bytes(VolumeId(v)).store(4096, Ordering::Relaxed));
+        assert_eq!(block.volumes().unwrap().len(), 64);
+        (64..1024).for_each(|v| block.volume_bytes(VolumeId(v)).store(8192, Ordering::Relaxed));
+        assert_eq!(block.volumes().unwrap().len(), MAX_VOLUMES);
         assert_eq!(Geometry::found(map.file()).unwrap(), Some(geometry));
     }
 }

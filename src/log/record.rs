@@ -3,19 +3,22 @@
 //!
 //! ```text
 //! bytes 0..4  page number of the first page, little endian
-//! byte  4     volume
-//! bytes 5..7  single: 11..0 payload length - 1 · 14..12 codec · 15 zero
-//!             group:  3..0 pages - 1 · 11..4 zero · 14..12 codec · 15 one
+//! bytes 4..7  9..0 volume · 10 several pages · 11 codec: 0 lz4, 1 zstd
+//!             single: 23..12 payload length - 1; length 4096 stands for codec 0 raw, 1 an 8-byte pattern
+//!             group:  15..12 pages - 1 · 23..16 zero
 //! bytes 7..9  group only: payload length
 //! payload
 //! ```
 
+use crate::codec::{FILL, LZ4, RAW, ZSTD};
 use crate::page::{PageNo, VolumeId, PAGE_BYTES};
 
 /// Header bytes of a record of one page.
 pub(crate) const SINGLE_HEADER: usize = 7;
 /// Header bytes of a record of several pages.
 pub(crate) const GROUP_HEADER: usize = 9;
+/// Payload of a page that one pattern fills.
+pub(crate) const FILL_BYTES: usize = 8;
 /// Most pages in a record.
 pub(crate) const MAX_GROUP: usize = 16;
 
@@ -54,12 +57,16 @@ impl Header {
     }
 
     pub fn write(&self, out: &mut [u8]) {
-        debug_assert!(self.payload >= 1 && self.codec < 8);
         out[..4].copy_from_slice(&self.page.0.to_le_bytes());
-        out[4] = self.volume.0;
-        let tail = u16::from(self.codec) << 12
-            | if self.pages == 1 { (self.payload - 1) as u16 } else { (self.pages - 1) as u16 | 1 << 15 };
-        out[5..7].copy_from_slice(&tail.to_le_bytes());
+        let (codec, less_one) = match self.codec {
+            RAW => (0, PAGE_BYTES - 1),
+            FILL => (1, PAGE_BYTES - 1),
+            codec => (u32::from(codec == ZSTD), self.payload - 1),
+        };
+        debug_assert!(self.volume.0 < 1 << 10 && (self.pages == 1 || matches!(self.codec, LZ4 | ZSTD)));
+        let of_pages = if self.pages == 1 { less_one } else { self.pages - 1 };
+        let tail = u32::from(self.volume.0) | u32::from(self.pages > 1) << 10 | codec << 11 | (of_pages as u32) << 12;
+        out[4..7].copy_from_slice(&tail.to_le_bytes()[..3]);
         if self.pages > 1 {
             out[7..9].copy_from_slice(&(self.payload as u16).to_le_bytes());
         }
@@ -67,22 +74,26 @@ impl Header {
 
     /// True if a header that begins with these bytes is that of a group.
     pub fn is_group(head: &[u8]) -> bool {
-        head.get(6).is_some_and(|b| b >> 7 == 1)
+        head.get(5).is_some_and(|b| b >> 2 & 1 == 1)
     }
 
     /// None: too short for a header.
     pub fn read(bytes: &[u8]) -> Option<Header> {
         let head: [u8; SINGLE_HEADER] = bytes.get(..SINGLE_HEADER)?.try_into().ok()?;
-        let tail = u16::from_le_bytes([head[5], head[6]]);
-        let codec = (tail >> 12 & 7) as u8;
-        let (pages, payload) = if tail >> 15 == 0 {
-            (1, usize::from(tail & 0xfff) + 1)
+        let page = PageNo(u32::from_le_bytes([head[0], head[1], head[2], head[3]]));
+        let tail = u32::from_le_bytes([head[4], head[5], head[6], 0]);
+        let compressed = if tail >> 11 & 1 == 0 { LZ4 } else { ZSTD };
+        let (pages, codec, payload) = if tail >> 10 & 1 == 0 {
+            match ((tail >> 12) as usize + 1, compressed) {
+                (PAGE_BYTES, LZ4) => (1, RAW, PAGE_BYTES),
+                (PAGE_BYTES, _) => (1, FILL, FILL_BYTES),
+                (payload, codec) => (1, codec, payload),
+            }
         } else {
             let len: [u8; 2] = bytes.get(7..9)?.try_into().ok()?;
-            (usize::from(tail & 0xf) + 1, usize::from(u16::from_le_bytes(len)))
+            ((tail >> 12 & 0xf) as usize + 1, compressed, usize::from(u16::from_le_bytes(len)))
         };
-        let page = PageNo(u32::from_le_bytes([head[0], head[1], head[2], head[3]]));
-        Some(Header { page, volume: VolumeId(head[4]), pages, codec, payload })
+        Some(Header { page, volume: VolumeId(tail as u16 & 0x3ff), pages, codec, payload })
     }
 }
 
@@ -92,8 +103,10 @@ mod tests {
 
     #[test]
     fn headers_round_trip_and_shares_add_up() {
-        for (pages, payload) in [(1, 1), (1, 4096), (2, 700), (3, 10_001), (16, 65_280)] {
-            let h = Header { page: PageNo(u32::MAX), volume: VolumeId(63), pages, codec: 2, payload };
+        let single = [(1, RAW, 4096), (1, FILL, 8), (1, LZ4, 1), (1, ZSTD, 1), (1, LZ4, 4095), (1, ZSTD, 4095)];
+        let groups = [(2, LZ4, 700), (3, ZSTD, 10_001), (16, ZSTD, 65_280)];
+        for (pages, codec, payload) in single.into_iter().chain(groups) {
+            let h = Header { page: PageNo(u32::MAX), volume: VolumeId(1023), pages, codec, payload };
             let mut bytes = vec![0; h.total()];
             h.write(&mut bytes);
             assert_eq!(Header::read(&bytes), Some(h));
@@ -103,11 +116,24 @@ mod tests {
         }
     }
 
+    /// What counts as compressed leaves the length that stands for raw and pattern free.
+    #[test]
+    fn no_compressed_page_is_as_long_as_a_raw_one() {
+        assert!(crate::codec::most_payload(PAGE_BYTES) < PAGE_BYTES);
+    }
+
     #[test]
     fn bytes_are_as_docs_format_says() {
-        let h = Header { page: PageNo(0x0403_0201), volume: VolumeId(5), pages: 1, codec: 1, payload: 0x235 };
-        let mut b = vec![0; h.total()];
-        h.write(&mut b);
-        assert_eq!(&b[..7], &[1, 2, 3, 4, 5, 0x34, 0x12]);
+        let bytes = |volume, pages, codec, payload| {
+            let h = Header { page: PageNo(0x0403_0201), volume: VolumeId(volume), pages, codec, payload };
+            let mut b = vec![0; h.total()];
+            h.write(&mut b);
+            b[..h.bytes()].to_vec()
+        };
+        assert_eq!(bytes(5, 1, LZ4, 0x235), [1, 2, 3, 4, 0x05, 0x40, 0x23]);
+        assert_eq!(bytes(0x305, 1, ZSTD, 0x235), [1, 2, 3, 4, 0x05, 0x4b, 0x23]);
+        assert_eq!(bytes(5, 1, RAW, 4096), [1, 2, 3, 4, 0x05, 0xf0, 0xff]);
+        assert_eq!(bytes(5, 1, FILL, 8), [1, 2, 3, 4, 0x05, 0xf8, 0xff]);
+        assert_eq!(bytes(5, 16, ZSTD, 0x1234), [1, 2, 3, 4, 0x05, 0xfc, 0x00, 0x34, 0x12]);
     }
 }

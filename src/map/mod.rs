@@ -2,14 +2,15 @@
 //! arena, made on demand and given back when empty.
 //!
 //! ```text
-//! root 8192 links (2 GiB of address space each)
-//!   └ node 1024 links (2 MiB each): 0 none · 30..0 number of the child · bit 31 frozen
-//!       └ leaf 512 slots: a cluster
+//! root 8 links (2 TiB of address space each): 0 none · 30..0 number of the child · bit 31 frozen
+//!   └ node 1024 links (2 GiB each)
+//!       └ node 1024 links (2 MiB each)
+//!           └ leaf 512 slots: a cluster
 //! ```
 //! Look-ups take no lock. A leaf leaves the tree only after every slot of it was *frozen*: an
 //! exchange never replaces a frozen slot, so no commit can be lost in a leaf that is being taken
 //! out; who meets one looks up again. Who froze slot 0 owns the freezing. Nodes are frozen in the
-//! same way once all their links are 0. Readers take a frozen slot for an empty one: a leaf is
+//! same way once all their links are 0, from below upwards; the root's links never are. Readers take a frozen slot for an empty one: a leaf is
 //! frozen only where all of it is empty or is just being discarded.
 //!
 //! A node that was taken out is zeroed and reused after a grace period; until then it hangs in the
@@ -27,7 +28,9 @@ use crate::page::{MetaNo, PageNo, VolumeId};
 use crate::sync::{fence, yield_now, AtomicU32, AtomicU64, Ordering};
 
 /// Clusters in the largest volume.
-pub(crate) const MAX_CLUSTERS: usize = ROOT_ENTRIES * NODE_ENTRIES;
+pub(crate) const MAX_CLUSTERS: usize = ROOT_ENTRIES * ROOT_SPAN;
+/// Clusters behind a link of the root.
+const ROOT_SPAN: usize = NODE_ENTRIES * NODE_ENTRIES;
 const FROZEN: u32 = 1 << 31;
 
 /// Nodes taken out of the maps, waiting for their grace period, and how many are in use.
@@ -48,7 +51,8 @@ impl Map {
 
     /// The leaf of a cluster, if there is one. Within an epoch.
     pub fn leaf<'a>(&self, arena: &'a Arena, v: VolumeId, cluster: usize) -> Option<&'a [AtomicU64]> {
-        let node = child(&arena.root(v)[cluster / NODE_ENTRIES])?;
+        let upper = child(&arena.root(v)[cluster / ROOT_SPAN])?;
+        let node = child(&arena.node(upper)[in_upper(cluster)])?;
         let leaf = child(&arena.node(node)[cluster % NODE_ENTRIES])?;
         Some(arena.leaf(leaf))
     }
@@ -61,7 +65,8 @@ impl Map {
         cluster: usize,
     ) -> Result<&'a [AtomicU64], OutOfMeta> {
         loop {
-            let Some(node) = self.child_or_new(arena, &arena.root(v)[cluster / NODE_ENTRIES])? else { continue };
+            let Some(upper) = self.child_or_new(arena, &arena.root(v)[cluster / ROOT_SPAN])? else { continue };
+            let Some(node) = self.child_or_new(arena, &arena.node(upper)[in_upper(cluster)])? else { continue };
             let Some(leaf) = self.child_or_new(arena, &arena.node(node)[cluster % NODE_ENTRIES])? else { continue };
             return Ok(arena.leaf(leaf));
         }
@@ -98,17 +103,18 @@ impl Map {
         let mut at = cluster;
         let end = end.min(MAX_CLUSTERS);
         while at < end {
-            match child(&arena.root(v)[at / NODE_ENTRIES]) {
-                None => at = (at / NODE_ENTRIES + 1) * NODE_ENTRIES,
-                Some(node) => {
-                    let from = at % NODE_ENTRIES;
-                    let links = &arena.node(node)[from..NODE_ENTRIES.min(from + end - at)];
-                    if let Some(n) = links.iter().position(|l| child(l).is_some()) {
-                        return Some(at + n);
-                    }
-                    at = (at / NODE_ENTRIES + 1) * NODE_ENTRIES;
+            let Some(upper) = child(&arena.root(v)[at / ROOT_SPAN]) else {
+                at = (at / ROOT_SPAN + 1) * ROOT_SPAN;
+                continue;
+            };
+            if let Some(node) = child(&arena.node(upper)[in_upper(at)]) {
+                let from = at % NODE_ENTRIES;
+                let links = &arena.node(node)[from..NODE_ENTRIES.min(from + end - at)];
+                if let Some(n) = links.iter().position(|l| child(l).is_some()) {
+                    return Some(at + n);
                 }
             }
+            at = (at / NODE_ENTRIES + 1) * NODE_ENTRIES;
         }
         None
     }
@@ -152,16 +158,27 @@ impl Map {
         }
     }
 
-    /// The leaf is all frozen by us: unlink it, and its node if that is empty now.
+    /// The leaf is all frozen by us: unlink it, and then each node above it that is empty.
     fn unlink(&self, arena: &Arena, v: VolumeId, cluster: usize) {
-        let root = &arena.root(v)[cluster / NODE_ENTRIES];
-        let Some(node) = child(root) else { unreachable!("a node with a leaf in it stays linked") };
-        let links = arena.node(node);
+        let stays = "what has a child stays linked";
+        let root = &arena.root(v)[cluster / ROOT_SPAN];
+        let upper = child(root).expect(stays);
+        let link = &arena.node(upper)[in_upper(cluster)];
+        let node = child(link).expect(stays);
         crash_point!("unlink: leaf frozen, linked");
         debug_assert!(self.leaf(arena, v, cluster).is_some_and(all_frozen), "nobody thaws a leaf of ours");
-        let leaf = MetaNo(links[cluster % NODE_ENTRIES].swap(0, Ordering::AcqRel));
+        let leaf = MetaNo(arena.node(node)[cluster % NODE_ENTRIES].swap(0, Ordering::AcqRel));
         crash_point!("unlink: leaf unlinked, not retired");
         self.retire(leaf, |next| arena.leaf(leaf)[0].store(Slot::frozen(next).0, Ordering::Release));
+        // From here on others may take them out before us: then their links are frozen, and not empty.
+        if self.drop_node_if_empty(arena, link, node) {
+            self.drop_node_if_empty(arena, root, upper);
+        }
+    }
+
+    /// True: it was, and nothing leads to it any more.
+    fn drop_node_if_empty(&self, arena: &Arena, link: &AtomicU32, node: MetaNo) -> bool {
+        let links = arena.node(node);
         let frozen = freeze_empty(
             links,
             0,
@@ -172,13 +189,13 @@ impl Map {
             },
             |link| link.store(0, Ordering::Release),
         );
-        if !frozen {
-            return;
+        if frozen {
+            crash_point!("unlink: node frozen, linked");
+            link.store(0, Ordering::Release);
+            crash_point!("unlink: node unlinked, not retired");
+            self.retire(node, |next| links[0].store(FROZEN | next, Ordering::Release));
         }
-        crash_point!("unlink: node frozen, linked");
-        root.store(0, Ordering::Release);
-        crash_point!("unlink: node unlinked, not retired");
-        self.retire(node, |next| links[0].store(FROZEN | next, Ordering::Release));
+        frozen
     }
 
     fn retire(&self, m: MetaNo, link: impl Fn(u32)) {
@@ -263,6 +280,11 @@ fn next_retired(arena: &Arena, m: MetaNo) -> u32 {
     } else {
         Slot(arena.leaf(m)[0].load(Ordering::Acquire)).frozen_next()
     }
+}
+
+/// Index of a cluster in the node below the root.
+fn in_upper(cluster: usize) -> usize {
+    cluster / NODE_ENTRIES % NODE_ENTRIES
 }
 
 fn child(link: &AtomicU32) -> Option<MetaNo> {

@@ -49,28 +49,45 @@ pub(crate) fn walk(
     reached: &mut Reached,
     mut seen: impl FnMut(Slot) -> Slot,
 ) -> Result<()> {
-    for root in arena.root(v) {
-        let Some(number) = thawed(root) else { continue };
-        let node = reached.visit(resident, v, number)?;
-        let mut leaves = 0;
-        for link in arena.node(node) {
-            let Some(number) = thawed(link) else { continue };
-            let leaf = reached.visit(resident, v, number)?;
-            if walk_leaf(arena, leaf, &mut seen) {
-                leaves += 1;
-            } else if reached.prune {
-                crash_point!("recovery: empty leaf linked");
-                link.store(0, Ordering::Release);
-                reached.pages.clear(number - 1);
-            }
-        }
-        if leaves == 0 && reached.prune {
-            crash_point!("recovery: empty node linked");
-            root.store(0, Ordering::Release);
+    walk_links(arena, v, resident, reached, arena.root(v), Below::Upper, &mut seen).map(drop)
+}
+
+/// What a link leads to.
+#[derive(Clone, Copy)]
+enum Below {
+    Upper,
+    Node,
+    Leaf,
+}
+
+/// How many of the links lead to a page still.
+fn walk_links(
+    arena: &Arena,
+    v: VolumeId,
+    resident: &Resident,
+    reached: &mut Reached,
+    links: &[AtomicU32],
+    below: Below,
+    seen: &mut impl FnMut(Slot) -> Slot,
+) -> Result<usize> {
+    let mut full = 0;
+    for link in links {
+        let Some(number) = thawed(link) else { continue };
+        let child = reached.visit(resident, v, number)?;
+        let any = match below {
+            Below::Upper => walk_links(arena, v, resident, reached, arena.node(child), Below::Node, seen)? > 0,
+            Below::Node => walk_links(arena, v, resident, reached, arena.node(child), Below::Leaf, seen)? > 0,
+            Below::Leaf => walk_leaf(arena, child, seen),
+        };
+        if any {
+            full += 1;
+        } else if reached.prune {
+            crash_point!("recovery: empty leaf or node linked");
+            link.store(0, Ordering::Release);
             reached.pages.clear(number - 1);
         }
     }
-    Ok(())
+    Ok(full)
 }
 
 /// The page a link names; a frozen link is set to 0.

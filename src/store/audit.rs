@@ -2,6 +2,7 @@
 //! recovery and the running store claim, this checks, down to the pages that the kernel says are
 //! resident. Slow and allocating: for tests and for doubts.
 
+use super::charge::cost;
 use super::recover::Pages;
 use super::{Counters, Shared, Store};
 use crate::arena::{Residency, Resident};
@@ -52,14 +53,18 @@ fn maps(s: &Shared, resident: &Resident, wrong: &mut String) -> std::result::Res
     let claimed_nodes = s.map.nodes.load(Ordering::Relaxed);
     // The walk changes nothing here: no discard is under way, so nothing is frozen.
     for v in 0..volumes {
+        let mut held = 0;
         let seen = |word: crate::map::Slot| {
             pages.count(word);
+            held += cost(word);
             if let Kind::Stored(at) = word.kind() {
                 live[at.segment.0 as usize] += u64::from(at.share);
             }
             word
         };
-        walk(&s.arena, VolumeId(v as u8), resident, &mut reached, seen).map_err(|e| e.to_string())?;
+        walk(&s.arena, VolumeId(v as u16), resident, &mut reached, seen).map_err(|e| e.to_string())?;
+        let claimed = s.charges.held_bytes(VolumeId(v as u16));
+        same(wrong, &format!("bytes of volume {v}"), claimed as u64, held as u64);
     }
     for (id, live) in live.iter().enumerate() {
         let id = id as u32;

@@ -10,6 +10,10 @@
 //! A write that fails leaves the segment where it is. The tier then rests, longer each time, and is tried
 //! again; meanwhile the cleaner makes room as if there were no tier.
 //!
+//! What is asked for again and again is brought up as a whole, in one large read, while memory has more room than
+//! would have others go down: so pages that come back one by one, when an area is swapped off or a machine
+//! comes to rest, cost few reads. On a machine short of memory nothing comes up that way.
+//!
 //! By hand all that is older than some age goes down, memory short or not; or the tier is drained: extents are
 //! brought up again, while memory has more room than would have others go down.
 //!
@@ -126,13 +130,7 @@ impl Mover {
         if !lower.claim() || self.resting_until.is_some_and(|until| Instant::now() < until) {
             return false;
         }
-        let mut wanted = demotion(&Pressure {
-            frames_ready: shared.arena.frames_ready(),
-            frames_growable: grow::growable_frames(&shared),
-            frames_limit: (shared.limit_bytes() / shared.arena.segment_bytes() as u64) as u32,
-            reserve: shared.reserve.load(Ordering::Relaxed),
-            moving: self.moving,
-        });
+        let mut wanted = demotion(&pressure(&shared, self.moving));
         if shared.draining() {
             shared.write_back.store(0, Ordering::Relaxed);
             // As much room as moving down would leave: draining is not to make others wait.
@@ -141,6 +139,9 @@ impl Mover {
             return drained || lower.discard_one();
         }
         self.moving = wanted > 0;
+        if self.promote(&shared, lower) {
+            return true;
+        }
         let compacted = self.compact(&shared, lower);
         let by_hand = shared.write_back.load(Ordering::Acquire);
         let mut idle_s = 0;
@@ -288,6 +289,18 @@ impl Mover {
         lower.free() < lower.extents() / 8 && self.may_compact() && self.bring_up(s, lower, mostly_dead)
     }
 
+    /// Brings up what is asked for again and again. False: there is nothing, or memory is not to be filled.
+    fn promote(&mut self, s: &Shared, lower: &Lower) -> bool {
+        if demotion(&pressure(s, true)) > 0 || !self.may_compact() {
+            return false;
+        }
+        let Some(id) = lower.asked.take() else { return false };
+        // Its pages are in use: they are as good as written now.
+        let up = self.bring_up_one(s, lower, id, Some(s.clock_s.load(Ordering::Relaxed)));
+        lower.counts.promoted.fetch_add(up.into(), Ordering::Relaxed);
+        up
+    }
+
     fn may_compact(&self) -> bool {
         self.compact_after.is_none_or(|after| Instant::now() >= after)
     }
@@ -301,19 +314,25 @@ impl Mover {
             (live > 0 && wanted((live, used)) && !passed_over).then_some((live, id))
         });
         let Some((_, id)) = emptiest.min_by_key(|(live, _)| *live) else { return false };
+        let up = self.bring_up_one(s, lower, id, None);
+        lower.counts.compacted.fetch_add(up.into(), Ordering::Relaxed);
+        up
+    }
+
+    /// Copies what is live of an extent to memory, as old as it was unless told.
+    fn bring_up_one(&mut self, s: &Shared, lower: &Lower, id: SegmentId, age_s: Option<u32>) -> bool {
         let Some(below) = s.segments.begin_cleaning_below(&s.arena, id) else { return false };
         let blocks = &mut self.tools.buffers[0][..below.used.div_ceil(PAYLOAD) * BLOCK_BYTES];
         let read = lower.wait_for(|| lower.backing.read(blocks, lower.at(below.extent)));
         let plain = read.is_ok().then(|| lower.seal.open(blocks, 0, below.sequence)).flatten();
         let copied = plain.map(|plain| {
-            let age_s = s.segments.past(&s.arena, id).0;
+            let age_s = age_s.unwrap_or_else(|| s.segments.past(&s.arena, id).0);
             let record = |at: usize| plain.get(at..below.used).and_then(|rest| record_of(|n| rest.get(..n)));
             self.copier.copy(s, id, below.used, age_s, record)
         });
         s.segments.end_cleaning(&s.arena, id);
         match copied {
             Some(true) => {
-                lower.counts.compacted.fetch_add(1, Ordering::Relaxed);
                 s.wake_cleaner();
                 return true;
             }
@@ -328,6 +347,16 @@ impl Mover {
             self.compact_after = Some(Instant::now() + LONGEST_REST);
         }
         false
+    }
+}
+
+fn pressure(s: &Shared, moving: bool) -> Pressure {
+    Pressure {
+        frames_ready: s.arena.frames_ready(),
+        frames_growable: grow::growable_frames(s),
+        frames_limit: (s.limit_bytes() / s.arena.segment_bytes() as u64) as u32,
+        reserve: s.reserve.load(Ordering::Relaxed),
+        moving,
     }
 }
 
@@ -350,6 +379,7 @@ pub(super) fn stats(s: &Shared, lower: &Lower) -> DiskStats {
         fetches: count(&c.fetches),
         fetched_bytes: count(&c.bytes_fetched),
         compacted_segments: count(&c.compacted),
+        promoted_segments: count(&c.promoted),
         write_errors: count(&c.write_errors),
         read_errors: count(&c.read_errors),
         unreadable_bytes: count(&c.unreadable) * lower.extent_bytes(),

@@ -108,6 +108,9 @@ impl Lane {
         let lower = s.lower.as_ref().expect("what was fetched came from a disk tier");
         lower.counts.fetches.fetch_add(1, Ordering::Relaxed);
         lower.counts.bytes_fetched.fetch_add(fetch.bytes as u64, Ordering::Relaxed);
+        if lower.asked.note(fetch.stored.segment) {
+            s.wake_mover();
+        }
         let blocks = &mut blocks[..fetch.bytes];
         let Some(plain) = lower.seal.open(blocks, fetch.first_block as u32, fetch.below.sequence) else {
             return self.unopened(lower, fetch);

@@ -40,6 +40,8 @@ pub struct Lane {
     /// The last group decoded, and where it came from: neighbours are often read next, each alone.
     group: Box<[u8]>,
     group_of: Option<Decoded>,
+    /// What was last to be written found the volume's quota spent.
+    spent: bool,
     /// Room for what this lane reads from disk itself.
     pub(super) blocks: Option<Buffer>,
 }
@@ -51,7 +53,7 @@ impl Lane {
         let appender = Appender::new(s, kept_by_lanes(&s.config));
         let group = vec![0xa5; if s.config.group_pages_seen > 1 { s.config.group_pages_seen * PAGE_BYTES } else { 0 }];
         let blocks = s.lower.as_ref().map(|_| Buffer::new(most_bytes(s.config.group_pages_seen)));
-        Ok(Lane { volume, index, appender, group: group.into(), group_of: None, blocks, store })
+        Ok(Lane { volume, index, appender, group: group.into(), group_of: None, spent: false, blocks, store })
     }
 
     /// Reads a range; what was never written reads as zeros.
@@ -119,6 +121,9 @@ impl Lane {
             self.count(|c| &c.writes, written);
             done += written;
             if written < asked {
+                if std::mem::take(&mut self.spent) {
+                    return Err(self.over_quota());
+                }
                 self.store.shared().wake_growth();
                 self.store.shared().wake_cleaner();
                 break;
@@ -213,6 +218,10 @@ impl Lane {
         }
     }
 
+    pub(super) fn over_quota(&self) -> Error {
+        Error::OverQuota { quota_bytes: self.store.shared().charges.quota_bytes(self.volume) }
+    }
+
     fn wait(&self, waited: &mut Duration) -> Result<()> {
         if *waited >= self.patience() {
             let refused = &self.store.shared().counters[self.index].refused;
@@ -236,6 +245,7 @@ impl Lane {
         self.group_of = self.group_of.filter(|group| group.sealed.is_some());
         let result = body(self, &shared);
         shared.epochs.leave(self.index);
+        shared.charges.collect(self.volume, &shared.counters[self.index]);
         result
     }
 
@@ -356,7 +366,8 @@ impl Lane {
                 i += 1;
                 continue;
             }
-            if s.map.leaf_for_write(&s.arena, self.volume, page.cluster()).is_err() {
+            self.spent = s.charges.is_spent(self.volume);
+            if self.spent || s.map.leaf_for_write(&s.arena, self.volume, page.cluster()).is_err() {
                 break;
             }
             let mut run = 1;

@@ -15,6 +15,7 @@
 
 mod append;
 mod audit;
+mod charge;
 mod clean;
 mod demote;
 mod fetch;
@@ -32,6 +33,7 @@ mod steps;
 mod survivors;
 mod tiers;
 
+pub use charge::Held;
 pub use fetch::{Fetch, Taken};
 pub use kinds::PageKind;
 pub use lane::Lane;
@@ -50,6 +52,7 @@ use crate::page::{VolumeId, MAX_VOLUMES, PAGE_BYTES};
 use crate::stats::Stats;
 use crate::tier::{extents_in, Lower};
 use crate::volume::Volume;
+use charge::Charges;
 use recover::Found;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering};
@@ -65,6 +68,8 @@ pub(crate) struct Counters {
     pub filled_pages: AtomicI64,
     pub zero_pages: AtomicI64,
     pub lost_pages: AtomicI64,
+    /// Not charged to the volume yet.
+    pub held_bytes: AtomicI64,
     pub reads: AtomicU64,
     pub writes: AtomicU64,
     pub refused: AtomicU64,
@@ -81,6 +86,7 @@ pub(crate) struct Shared {
     pub epochs: Epochs,
     /// One for each lane, and the last for what was there when the store was opened.
     pub counters: Box<[Counters]>,
+    pub charges: Charges,
     pub stop: AtomicBool,
     /// Frames that growth holds ready when it can.
     pub reserve: AtomicU32,
@@ -129,6 +135,7 @@ impl Shared {
             // The lanes', the cleaner's, the mover's.
             epochs: Epochs::new(config.max_lanes + 2),
             counters,
+            charges: Charges::new(&found.held_bytes),
             stop: AtomicBool::new(false),
             reserve: AtomicU32::new(4),
             held_frames: AtomicU32::new(found.frames.count()),
@@ -205,6 +212,7 @@ impl Shared {
         match word.kind() {
             Kind::Stored(at) => {
                 bump(&counters.stored_pages, -1);
+                bump(&counters.held_bytes, -i64::from(at.share));
                 if self.segments.take_live(&self.arena, at.segment, at.share) {
                     self.wake_cleaner();
                 }
@@ -219,7 +227,10 @@ impl Shared {
     /// Accounts for a slot word that was committed.
     pub fn born(&self, counters: &Counters, word: Slot) {
         match word.kind() {
-            Kind::Stored(_) => bump(&counters.stored_pages, 1),
+            Kind::Stored(at) => {
+                bump(&counters.stored_pages, 1);
+                bump(&counters.held_bytes, i64::from(at.share));
+            }
             Kind::Fill(0) => bump(&counters.zero_pages, 1),
             Kind::Fill(_) => bump(&counters.filled_pages, 1),
             Kind::Empty | Kind::Frozen | Kind::Lost => {}
@@ -292,7 +303,7 @@ impl Store {
         if *volumes == MAX_VOLUMES {
             return Err(Error::TooMany { what: "volumes", max: MAX_VOLUMES });
         }
-        let id = VolumeId(*volumes as u8);
+        let id = VolumeId(*volumes as u16);
         self.shared().arena.create_volume(id, bytes)?;
         *volumes += 1;
         Ok(Volume::new(self.clone(), id))
@@ -320,17 +331,30 @@ impl Store {
         Ok(())
     }
 
+    pub(crate) fn volume_held_bytes(&self, id: VolumeId) -> u64 {
+        self.shared().charges.held_bytes(id).max(0) as u64
+    }
+
+    /// Nothing leads anywhere from its root.
+    pub(crate) fn is_untouched(&self, id: VolumeId) -> bool {
+        self.shared().arena.root(id).iter().all(|link| link.load(Ordering::Relaxed) == 0)
+    }
+
+    pub(crate) fn set_quota(&self, id: VolumeId, bytes: Option<u64>) {
+        self.shared().charges.set_quota(id, bytes.unwrap_or(u64::MAX));
+    }
+
     fn volume_count(&self) -> usize {
         *self.shared().volumes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// All volumes, by number.
     pub fn volumes(&self) -> Vec<Volume> {
-        (0..self.volume_count()).map(|i| Volume::new(self.clone(), VolumeId(i as u8))).collect()
+        (0..self.volume_count()).map(|i| Volume::new(self.clone(), VolumeId(i as u16))).collect()
     }
 
     /// The volume with this number, made now or by an earlier store on the same arena.
-    pub fn open_volume(&self, volume: u8) -> Result<Volume> {
+    pub fn open_volume(&self, volume: u16) -> Result<Volume> {
         if usize::from(volume) >= self.volume_count() {
             return Err(Error::NoVolume { volume });
         }
@@ -350,7 +374,7 @@ impl Store {
         let volumes = self.volume_count();
         Stats {
             volumes: volumes as u64,
-            virtual_bytes: (0..volumes).map(|v| self.volume_bytes(VolumeId(v as u8))).sum(),
+            virtual_bytes: (0..volumes).map(|v| self.volume_bytes(VolumeId(v as u16))).sum(),
             stored_pages: sum(|c| &c.stored_pages),
             filled_pages: sum(|c| &c.filled_pages),
             zero_pages: sum(|c| &c.zero_pages),

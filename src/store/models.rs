@@ -22,7 +22,7 @@ use loom::thread;
 use std::sync::Arc;
 
 const FRAMES: u32 = 6;
-const META: u32 = 6;
+const META: u32 = 8;
 const PAGES: u64 = 6;
 /// Header and pattern.
 const RECORD: u64 = 15;
@@ -51,7 +51,7 @@ fn store() -> Store {
         below: None,
         below_bytes: 0,
     };
-    let found = Found { frames: all(FRAMES), meta: all(META), known: FRAMES, pages: Pages::default(), volumes: 1 };
+    let found = Found { frames: all(FRAMES), meta: all(META), known: FRAMES, pages: Pages::default(), volumes: 1, held_bytes: vec![0] };
     let arena = Arena::simulated(config.segment_bytes as usize, FRAMES, META, PAGES * PAGE);
     let shared = Arc::new(Shared::new(config, arena, Map::new(), Segments::new(FRAMES), None, &found));
     Store { owner: Arc::new(Owner { shared, threads: Vec::new() }) }

@@ -36,7 +36,7 @@ struct Live {
 
 impl Live {
     fn volume(&self) -> VolumeId {
-        VolumeId((self.at >> 32) as u8)
+        VolumeId((self.at >> 32) as u16)
     }
 
     fn page(&self) -> PageNo {

@@ -16,6 +16,7 @@
 //! of a second try needs (the argument stands in docs/ARCHITECTURE.md). An arena that cannot be is
 //! refused before 2 or within 3, where nothing but the in-between is changed.
 
+use super::charge::cost;
 use crate::arena::{Arena, Residency, Resident};
 use crate::error::{Error, Result};
 use crate::log::segment::{Place, Segments};
@@ -54,6 +55,8 @@ pub(super) struct Found {
     pub known: u32,
     pub pages: Pages,
     pub volumes: usize,
+    /// What each of them holds.
+    pub held_bytes: Vec<i64>,
 }
 
 impl Found {
@@ -65,6 +68,7 @@ impl Found {
             known: 0,
             pages: Pages::default(),
             volumes: 0,
+            held_bytes: Vec::new(),
         }
     }
 }
@@ -82,14 +86,16 @@ pub(super) fn recover(arena: &Arena, segments: &Segments, map: &Map, lower: Opti
     })?;
     let mut pages = Pages::default();
     let mut reached = Reached::new(arena, true);
-    for v in 0..volumes.len() {
-        walk(arena, VolumeId(v as u8), &there.meta, &mut reached, |word| {
+    let mut held_bytes = vec![0; volumes.len()];
+    for (v, held) in held_bytes.iter_mut().enumerate() {
+        walk(arena, VolumeId(v as u16), &there.meta, &mut reached, |word| {
             let known = match word.kind() {
                 Kind::Stored(at) => segments.recount(arena, entries, at.segment, at.offset, at.share),
                 _ => true,
             };
             let word = if known { word } else { LOST };
             pages.count(word);
+            *held += cost(word);
             word
         })?;
     }
@@ -111,7 +117,7 @@ pub(super) fn recover(arena: &Arena, segments: &Segments, map: &Map, lower: Opti
         arena.drop_torn_frame(FrameNo(f));
     }
     there.meta.descending().filter(|m| !reached.pages.has(*m)).for_each(|m| arena.adopt_meta(MetaNo(m + 1)));
-    Ok(Found { frames: there.frames, meta: there.meta, known, pages, volumes: volumes.len() })
+    Ok(Found { frames: there.frames, meta: there.meta, known, pages, volumes: volumes.len(), held_bytes })
 }
 
 /// A frame in use is resident as a whole. Should a part be gone (somebody else punched the file),

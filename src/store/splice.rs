@@ -70,6 +70,7 @@ impl Lane {
         let pattern = same_filled(plain);
         let new = match pattern.and_then(Slot::fill) {
             Some(word) => word,
+            None if s.charges.is_spent(self.volume) => return Err(self.over_quota()),
             None => {
                 let outcome = match pattern {
                     Some(pattern) => self.appender.fill(s, self.volume, page, pattern),

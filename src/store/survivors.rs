@@ -7,6 +7,7 @@
 //! back with another meaning: the exchange has no ABA.
 
 use super::append::{Appender, Outcome};
+use super::charge::cost;
 use super::Shared;
 use crate::log::record::{Header, MAX_GROUP};
 use crate::map::{self, swap_if, Slot, Stored};
@@ -131,5 +132,8 @@ pub(super) fn relocate(s: &Shared, epoch: usize, volume: VolumeId, page: PageNo,
     crash_point!("clean: slot names the copy");
     // Exactly one of the two words is out of use now.
     let map::Kind::Stored(dead) = (if moved { old } else { new }).kind() else { return };
+    if moved {
+        s.charges.add(volume, cost(new) - cost(old));
+    }
     s.segments.take_live(&s.arena, dead.segment, dead.share);
 }

@@ -9,8 +9,10 @@
 //! then      extents of as many blocks as the largest segment fills (`seal.rs`)
 //! ```
 
+mod asked;
 mod seal;
 
+pub(crate) use asked::Asked;
 pub(crate) use seal::{Seal, PAYLOAD};
 
 use crate::arena::Resident;
@@ -43,6 +45,8 @@ pub(crate) struct Counts {
     pub fetches: AtomicU64,
     pub bytes_fetched: AtomicU64,
     pub compacted: AtomicU64,
+    /// Segments brought up because they were asked for again and again.
+    pub promoted: AtomicU64,
     pub write_errors: AtomicU64,
     /// Segments that could not be brought up again.
     pub unreadable: AtomicU64,
@@ -67,6 +71,7 @@ pub(crate) struct Lower {
     id: TierKey,
     pub seal: Seal,
     pub counts: Counts,
+    pub asked: Asked,
     /// It may be written to: no write of an earlier store is on its way any more.
     pub claimed: AtomicBool,
     /// The mover waits for the disk at this moment.
@@ -92,6 +97,7 @@ impl Lower {
             backing,
             id,
             counts: Counts::default(),
+            asked: Asked::new(),
             claimed: AtomicBool::new(false),
             waiting: AtomicBool::new(false),
             slow_until_ms: AtomicU64::new(0),

@@ -365,7 +365,8 @@ impl<'a> Supervisor<'a> {
 
     fn take_over(&mut self, why: &str) -> Result<()> {
         // Not even live again since the last death, which a life would be counted from.
-        let lived = if self.died.is_some() { Duration::ZERO } else { self.active.since.elapsed() };
+        let taking_over = self.died.map(|died| died.elapsed());
+        let lived = if taking_over.is_some() { Duration::ZERO } else { self.active.since.elapsed() };
         let died = *self.died.get_or_insert_with(Instant::now);
         let Some((id, _)) = self.device else { bail!("the worker {why} before the device was live") };
         if !device::kernel_has(id) {
@@ -382,7 +383,9 @@ impl<'a> Supervisor<'a> {
         let order = match upgraded {
             true => "recover was of an older program".to_owned(),
             false => {
-                format!("recover {why}, {} of {} standbys ready", ready_count(&self.standbys), self.standbys.len())
+                let (ready, all) = (ready_count(&self.standbys), self.standbys.len());
+                let since = taking_over.map_or(String::new(), |t| format!(" {t:?} after the last that served"));
+                format!("recover {why}{since}, {ready} of {all} standbys ready")
             }
         };
         // One that is not ready yet will be soonest; one that cannot be told is dead.
