@@ -107,7 +107,11 @@ impl fmt::Display for Error {
                 write!(f, "page {page}: its record in segment {segment} cannot be read from its tier: {source}")
             }
             Error::OverQuota { quota_bytes } => {
-                write!(f, "the volume holds its quota of {}: discard some of it, or raise quota=", format_size(*quota_bytes))
+                write!(
+                    f,
+                    "the volume holds its quota of {}: discard some of it, or raise quota=",
+                    format_size(*quota_bytes)
+                )
             }
             Error::NoVolume { volume } => write!(f, "there is no volume {volume}"),
             Error::TooMany { what, max } => write!(f, "all {max} {what} are in use"),

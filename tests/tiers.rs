@@ -76,13 +76,15 @@ fn a_drained_disk_is_empty_and_stays_so() {
     wait_for("writing back", || !store.stats().disk.unwrap().writing_back);
     let disk = tier(&store, "disk");
     assert!(disk.live_bytes > 24 * MIB && tier(&store, "ram").live_bytes < MIB, "{:?}", store.tiers());
-    check(&mut lane, 0..PAGES, 1);
     // Nothing is as old as that.
     write(&mut lane, 0..PAGES / 2, 2);
     let before = tier(&store, "ram").live_bytes;
     store.write_back(3600).unwrap();
     wait_for("writing nothing back", || !store.stats().disk.unwrap().writing_back);
     assert!(tier(&store, "ram").live_bytes >= before);
+    // What is read in a row comes up again, as far as memory has room.
+    check(&mut lane, 0..PAGES / 2, 2);
+    check(&mut lane, PAGES / 2..PAGES, 1);
 
     store.drain_disk(true).unwrap();
     assert!(store.write_back(0).is_err(), "there and back");

@@ -51,7 +51,14 @@ fn store() -> Store {
         below: None,
         below_bytes: 0,
     };
-    let found = Found { frames: all(FRAMES), meta: all(META), known: FRAMES, pages: Pages::default(), volumes: 1, held_bytes: vec![0] };
+    let found = Found {
+        frames: all(FRAMES),
+        meta: all(META),
+        known: FRAMES,
+        pages: Pages::default(),
+        volumes: 1,
+        held_bytes: vec![0],
+    };
     let arena = Arena::simulated(config.segment_bytes as usize, FRAMES, META, PAGES * PAGE);
     let shared = Arc::new(Shared::new(config, arena, Map::new(), Segments::new(FRAMES), None, &found));
     Store { owner: Arc::new(Owner { shared, threads: Vec::new() }) }

@@ -30,7 +30,7 @@ if [ -d $zswap ]; then
     echo N > $zswap/enabled
 fi
 swapoff /dev/vda
-wipefs -qa /dev/vda
+dd if=/dev/zero of=/dev/vda bs=1M count=1 2> /dev/null
 dev=$(ghostswap-ublk add --size 16T --tier "ram,limit=${pool}M,codec=lz4" --tier block:/dev/vda --swapon)
 run "ghostswap"
 ghostswap-ublk tier list 0
