@@ -102,9 +102,11 @@ impl FromStr for ExportConfig {
                     config.clients.extend(value.split(':').map(str::to_owned));
                 }
                 None if part == "ro" => config.read_only = true,
-                _ => return Err(format!(
+                _ => {
+                    return Err(format!(
                     "unknown export option '{part}': known are size=SIZE, quota=SIZE, client=NAME, linger=TIME and ro"
-                )),
+                ))
+                }
             }
         }
         Ok(config)
