@@ -5,7 +5,9 @@ use ghostswap::config::{parse_size, parse_time};
 use ghostswap::{Error, Store, Volume, MAX_VOLUME_BYTES, PAGE_BYTES};
 use serde::{Deserialize, Serialize};
 use serde_json::{json, Value};
+use std::collections::hash_map::RandomState;
 use std::fmt;
+use std::hash::BuildHasher;
 use std::str::FromStr;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -111,6 +113,9 @@ pub struct Export {
     linger: Option<Duration>,
     /// After a template, for whoever named it.
     made: bool,
+    /// No other export has had it, one that bore the same name before included: clients that come again can tell
+    /// whether what they had stored can still be there.
+    pub identity: String,
     /// Writes refused for want of room, after they had waited for it.
     pub refused_writes: AtomicU64,
     visits: Mutex<Visits>,
@@ -144,7 +149,7 @@ fn access(clients: &[String], names: Option<&[String]>) -> Access {
 }
 
 impl Export {
-    fn new(config: &ExportConfig, volume: Volume, made: bool) -> Arc<Export> {
+    fn new(config: &ExportConfig, volume: Volume, made: bool, identity: String) -> Arc<Export> {
         Arc::new(Export {
             name: config.name.clone(),
             volume,
@@ -152,6 +157,7 @@ impl Export {
             clients: config.clients.clone(),
             linger: config.linger.or(made.then_some(LINGER)),
             made,
+            identity,
             refused_writes: AtomicU64::new(0),
             visits: Mutex::new(Visits { open: 0, since: Instant::now(), closed: false }),
         })
@@ -226,6 +232,13 @@ struct Entry {
     made_after_template: bool,
     /// None: it is a template.
     volume: Option<u8>,
+    /// Of a template, none.
+    identity: String,
+}
+
+fn new_identity() -> String {
+    // Its keys are random.
+    format!("{:016x}", RandomState::new().hash_one(()))
 }
 
 impl Entry {
@@ -238,6 +251,7 @@ impl Entry {
             linger_seconds: export.linger.map(|linger| linger.as_secs()),
             made_after_template: export.made,
             volume: Some(export.volume.id()),
+            identity: export.identity.clone(),
         }
     }
 
@@ -250,6 +264,7 @@ impl Entry {
             linger_seconds: config.linger.map(|linger| linger.as_secs()),
             made_after_template: false,
             volume: None,
+            identity: String::new(),
         }
     }
 
@@ -300,7 +315,7 @@ impl Exports {
             };
             let at = volumes.iter().position(|volume| volume.id() == number);
             let volume = volumes.swap_remove(at.ok_or_else(|| damaged(format!("no volume {number}")))?);
-            table.exports.push(Export::new(&config, volume, entry.made_after_template));
+            table.exports.push(Export::new(&config, volume, entry.made_after_template, entry.identity.clone()));
         }
         table.dirty = volumes;
         Ok(with(table))
@@ -343,7 +358,7 @@ impl Exports {
         }
         let config = ExportConfig { name: name.to_owned(), ..template.clone() };
         let volume = table.volume(&self.store, config.size).map_err(Refusal::Store)?;
-        let export = Export::new(&config, volume, true);
+        let export = Export::new(&config, volume, true, new_identity());
         table.exports.push(export.clone());
         self.tell_of(&table);
         Ok(export)
@@ -367,7 +382,7 @@ impl Exports {
             table.templates.push(config.clone());
         } else {
             let volume = table.volume(&self.store, config.size)?;
-            table.exports.push(Export::new(config, volume, false));
+            table.exports.push(Export::new(config, volume, false, new_identity()));
         }
         Ok(())
     }
