@@ -109,7 +109,7 @@ impl Device {
     /// Whether it is mounted, swapped to or otherwise held.
     pub fn is_in_use(&self) -> bool {
         let flags = OFlags::RDONLY | OFlags::EXCL | OFlags::CLOEXEC;
-        matches!(rustix::fs::open(&self.path, flags, Mode::empty()), Err(Errno::BUSY))
+        self.is_swap() || matches!(rustix::fs::open(&self.path, flags, Mode::empty()), Err(Errno::BUSY))
     }
 
     pub fn is_swap(&self) -> bool {

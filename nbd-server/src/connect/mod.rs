@@ -29,13 +29,13 @@ use anyhow::{bail, ensure, Context, Result};
 use device::{Device, Patience, BLOCK_BYTES};
 use ghostswap::Error;
 use handshake::{negotiate, read_page, Export, Failure};
-use rustix::fs::{flock, FlockOperation};
-use rustix::process::{kill_process, Pid, Signal};
+use rustix::fs::{fcntl_lock, FlockOperation};
+use rustix::io::Errno;
+use rustix::process::{fcntl_getlk, kill_process, Flock, FlockType, Pid, Signal};
 use socket2::{Domain, SockAddr, Socket, TcpKeepalive, Type};
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::ToSocketAddrs;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -269,9 +269,9 @@ pub fn run(options: &Options) -> Result<ExitCode> {
             false => Ok(ExitCode::SUCCESS),
         };
     }
-    let swapon = watch.begin(options, socket, taken_over)?;
     protect::process()?;
-    watch.have_another_stand_by()?;
+    let swapon = watch.begin(options, socket, taken_over)?;
+    watch.have_another_stand_by();
     watch.run(swapon)
 }
 
@@ -304,45 +304,35 @@ fn check_may_become_swap(socket: &Socket) -> Result<()> {
     Ok(())
 }
 
-/// The process that watches a device holds this lock, and the file says which it is.
+/// The process that watches a device holds this lock. Nothing is in the file: a page of it might lie in the very swap
+/// that whoever takes the lock is to bring back.
 struct Lock {
     file: File,
     path: PathBuf,
 }
 
 impl Lock {
-    /// Opened once, as this is not to be done while a connection is missing.
+    /// Opened once, as this is not to be done while a connection is missing. No other descriptor of it may be closed.
     fn open(device: &Device) -> Result<Lock> {
-        let path = Path::new("/run/ghostswap").join(format!("{}.pid", device.name()));
+        let path = Path::new("/run/ghostswap").join(format!("{}.lock", device.name()));
         let place = || format!("cannot use {}", path.display());
         std::fs::create_dir_all("/run/ghostswap").with_context(place)?;
-        let file =
-            File::options().read(true).write(true).create(true).truncate(false).open(&path).with_context(place)?;
+        let file = File::options().write(true).create(true).truncate(false).open(&path).with_context(place)?;
         Ok(Lock { file, path })
     }
 
     /// False: another process has it.
     fn take(&self) -> Result<bool> {
-        match flock(&self.file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => return Ok(false),
-            Err(error) => return Err(error).with_context(|| format!("cannot lock {}", self.path.display())),
+        match fcntl_lock(&self.file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(true),
+            Err(Errno::ACCESS | Errno::AGAIN) => Ok(false),
+            Err(error) => Err(error).with_context(|| format!("cannot lock {}", self.path.display())),
         }
-        // Of one length always, and with no memory but this.
-        let (mut text, mut left) = (*b"0000000000\n", std::process::id());
-        for digit in text[..10].iter_mut().rev() {
-            *digit = b'0' + (left % 10) as u8;
-            left /= 10;
-        }
-        self.file.write_all_at(&text, 0).with_context(|| format!("cannot write {}", self.path.display()))?;
-        Ok(true)
     }
 
-    /// Who has it, or had it last.
+    /// Who has it.
     fn holder(&self) -> Option<Pid> {
-        let mut text = [0; 10];
-        self.file.read_exact_at(&mut text, 0).ok()?;
-        std::str::from_utf8(&text).ok()?.parse().ok().and_then(Pid::from_raw)
+        fcntl_getlk(&self.file, &Flock::from(FlockType::WriteLock)).ok().flatten()?.pid
     }
 }
 

@@ -17,6 +17,7 @@ const STACK_BYTES: usize = 128 << 10;
 pub enum Event {
     Connected { connections: usize },
     StandsBy,
+    NoStandby(std::io::Error),
     StandbyEnded(ExitStatus),
     Replaced { within: Duration, failed: u32, last: Option<Failure> },
     Lost,
@@ -59,6 +60,9 @@ fn say_all(path: &str, events: &Receiver<Event>) {
         match event {
             Event::Connected { connections } => info!("{path} is connected, by {connections} connection(s)"),
             Event::StandsBy => info!("stands by for the process that watches {path}"),
+            Event::NoStandby(error) => {
+                warn!("no process stands by: {error}; should this one die, connections to {path} are not replaced");
+            }
             Event::StandbyEnded(status) => warn!(
                 "the process that stood by ended ({status}): should this one die too, connections to {path} are not replaced"
             ),

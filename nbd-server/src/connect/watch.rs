@@ -7,7 +7,7 @@
 //!   offered again, it might come in two places, and both would read from it.
 //! - with one connection there is no other place; it is offered again now and then, for ever.
 //!
-//! While a connection is missing it allocates nothing and opens nothing. Nor does it ever write to the log, which may need
+//! While a connection is missing it allocates nothing and touches no file. Nor does it ever write to the log, which may need
 //! memory and whose reader may wait for a page: another thread does (`tell`).
 
 use super::device::Device;
@@ -140,11 +140,13 @@ impl Watch {
     }
 
     /// Starts this program once more, which then finds that it is watched.
-    pub fn have_another_stand_by(&mut self) -> Result<()> {
+    pub fn have_another_stand_by(&mut self) {
         let mut command = Command::new("/proc/self/exe");
-        let child = command.arg0("ghostswap-nbd").args(std::env::args_os().skip(1)).stdin(Stdio::null()).spawn();
-        self.standby = Some(child.context("cannot start the process that stands by")?);
-        Ok(())
+        command.arg0("ghostswap-nbd").args(std::env::args_os().skip(1)).stdin(Stdio::null());
+        match command.spawn() {
+            Ok(child) => self.standby = Some(child),
+            Err(error) => self.teller.tell(Event::NoStandby(error)),
+        }
     }
 
     /// Waits for the death of who watches. False: told to end, and the device is disconnected.
