@@ -5,7 +5,9 @@ use ghostswap::config::{parse_size, parse_time};
 use ghostswap::{Error, Store, Volume, MAX_VOLUME_BYTES, PAGE_BYTES};
 use serde::{Deserialize, Serialize};
 use serde_json::{json, Value};
+use std::collections::hash_map::RandomState;
 use std::fmt;
+use std::hash::BuildHasher;
 use std::str::FromStr;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -124,6 +126,9 @@ pub struct Export {
     linger: Option<Duration>,
     /// After a template, for whoever named it.
     made: bool,
+    /// No other export has had it, one that bore the same name before included: clients that come again can tell
+    /// whether what they had stored can still be there.
+    pub identity: String,
     /// Writes refused for want of room, after they had waited for it.
     pub refused_writes: AtomicU64,
     visits: Mutex<Visits>,
@@ -157,7 +162,7 @@ fn access(clients: &[String], names: Option<&[String]>) -> Access {
 }
 
 impl Export {
-    fn new(config: &ExportConfig, volume: Volume, made: bool) -> Arc<Export> {
+    fn new(config: &ExportConfig, volume: Volume, made: bool, identity: String) -> Arc<Export> {
         volume.set_quota(config.quota);
         Arc::new(Export {
             name: config.name.clone(),
@@ -167,6 +172,7 @@ impl Export {
             clients: config.clients.clone(),
             linger: config.linger.or(made.then_some(LINGER)),
             made,
+            identity,
             refused_writes: AtomicU64::new(0),
             visits: Mutex::new(Visits { open: 0, since: Instant::now(), closed: false }),
         })
@@ -242,6 +248,13 @@ struct Entry {
     made_after_template: bool,
     /// None: it is a template.
     volume: Option<u16>,
+    /// Of a template, none.
+    identity: String,
+}
+
+fn new_identity() -> String {
+    // Its keys are random.
+    format!("{:016x}", RandomState::new().hash_one(()))
 }
 
 impl Entry {
@@ -255,6 +268,7 @@ impl Entry {
             linger_seconds: export.linger.map(|linger| linger.as_secs()),
             made_after_template: export.made,
             volume: Some(export.volume.id()),
+            identity: export.identity.clone(),
         }
     }
 
@@ -268,6 +282,7 @@ impl Entry {
             linger_seconds: config.linger.map(|linger| linger.as_secs()),
             made_after_template: false,
             volume: None,
+            identity: String::new(),
         }
     }
 
@@ -319,7 +334,7 @@ impl Exports {
             };
             let at = volumes.iter().position(|volume| volume.id() == number);
             let volume = volumes.swap_remove(at.ok_or_else(|| damaged(format!("no volume {number}")))?);
-            table.exports.push(Export::new(&config, volume, entry.made_after_template));
+            table.exports.push(Export::new(&config, volume, entry.made_after_template, entry.identity.clone()));
         }
         table.dirty = volumes;
         Ok(with(table))
@@ -362,7 +377,7 @@ impl Exports {
         }
         let config = ExportConfig { name: name.to_owned(), ..template.clone() };
         let volume = table.volume(&self.store, config.size).map_err(Refusal::Store)?;
-        let export = Export::new(&config, volume, true);
+        let export = Export::new(&config, volume, true, new_identity());
         table.exports.push(export.clone());
         self.tell_of(&table);
         Ok(export)
@@ -386,7 +401,7 @@ impl Exports {
             table.templates.push(config.clone());
         } else {
             let volume = table.volume(&self.store, config.size)?;
-            table.exports.push(Export::new(config, volume, false));
+            table.exports.push(Export::new(config, volume, false, new_identity()));
         }
         Ok(())
     }

@@ -225,7 +225,8 @@ impl Talk<'_, '_> {
             sizes.extend_from_slice(&size.to_be_bytes());
         }
         self.answer(option, reply::INFO, &sizes)?;
-        for (what, text) in [(info::NAME, export.name.as_str()), (info::DESCRIPTION, "ghostswap volume")] {
+        let description = format!("{}{}", proto::DESCRIPTION, export.identity);
+        for (what, text) in [(info::NAME, &export.name), (info::DESCRIPTION, &description)] {
             if asked.has(what) {
                 self.answer(option, reply::INFO, &[&what.to_be_bytes(), text.as_bytes()].concat())?;
             }

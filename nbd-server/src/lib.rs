@@ -4,10 +4,13 @@
 //! socket by which exports are listed, added and removed. A connection's way: `listen` accepts it, `server` counts it and gives it a thread, `handshake` agrees
 //! on an export and a form of messages, `transmission` answers requests through one `Lane`. Below them
 //! `wire` buffers bytes, in TLS or plain, over any `transport`; `proto` alone knows the layout of messages.
+//!
+//! `connect` is no part of the server: a client that keeps a device of the kernel's nbd driver connected to one.
 #![forbid(unsafe_code)]
 // Its callers are in this package; what a reader needs is told by the files themselves.
 #![allow(missing_docs)]
 
+pub mod connect;
 pub mod control;
 pub mod conversation;
 pub mod export;

@@ -1,6 +1,7 @@
-//! `ghostswap-nbd`: serves volumes of one store to NBD clients over Unix sockets, TCP and vsock.
+//! `ghostswap-nbd`: serves volumes of one store to NBD clients over Unix sockets, TCP and vsock. Its `connect` is a
+//! client, for machines that swap.
 //!
-//! It translates the protocol into `Lane` calls and decides nothing else. Exit status: 0 ended by
+//! The server translates the protocol into `Lane` calls and decides nothing else. Exit status: 0 ended by
 //! a signal, 1 failure, 2 bad usage or an impossible configuration. SIGUSR1 logs the statistics.
 #![forbid(unsafe_code)]
 
@@ -12,7 +13,7 @@ use ghostswap_nbd::handshake::Offer;
 use ghostswap_nbd::server::{Limits, Server};
 use ghostswap_nbd::supervise::{self, Given};
 use ghostswap_nbd::tls::{Tls, TlsFiles};
-use ghostswap_nbd::{control, listen};
+use ghostswap_nbd::{connect, control, listen};
 use signal_hook::consts::{SIGCHLD, SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 use std::io::{IsTerminal, Write};
@@ -89,6 +90,13 @@ enum Command {
     /// List the exports of a running server, or change them
     #[command(subcommand)]
     Exports(ExportsCommand),
+    /// Connect a device of the kernel's nbd driver to a server, and stay to connect it again
+    Connect(connect::Options),
+    /// Disconnect such a device, if it is not in use
+    Disconnect {
+        /// The device, as /dev/nbd0
+        device: PathBuf,
+    },
 }
 
 #[derive(Subcommand)]
@@ -196,8 +204,10 @@ fn main() -> ExitCode {
         Err(e) if !e.use_stderr() => e.exit(),
         Err(e) => {
             let text = e.to_string();
-            let line = text.lines().next().unwrap_or_default();
-            complain(format_args!("{} (see --help)", line.strip_prefix("error: ").unwrap_or(line)));
+            // Which arguments are missing stands below the first line.
+            let lines: Vec<&str> = text.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
+            let line = lines.join(" ");
+            complain(format_args!("{} (see --help)", line.strip_prefix("error: ").unwrap_or(&line)));
             return ExitCode::from(2);
         }
     };
@@ -212,6 +222,8 @@ fn main() -> ExitCode {
         .init();
     let done = match args.command {
         Some(Command::Exports(command)) => command.run(),
+        Some(Command::Connect(options)) => connect::run(&options),
+        Some(Command::Disconnect { device }) => connect::disconnect(&device),
         None => run(&args),
     };
     match done {

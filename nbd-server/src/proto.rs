@@ -113,6 +113,8 @@ pub const MIN_BLOCK_BYTES: u32 = 512;
 pub const PREFERRED_BLOCK_BYTES: u32 = 4096;
 pub const MAX_PAYLOAD_BYTES: u32 = 32 << 20;
 pub const MAX_NAME_BYTES: usize = 4096;
+/// How the description of an export of ours begins; what follows no other export has.
+pub const DESCRIPTION: &str = "ghostswap volume ";
 
 pub const FLAG_FUA: u16 = 1;
 pub const FLAG_NO_HOLE: u16 = 2;

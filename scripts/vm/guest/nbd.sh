@@ -2,11 +2,9 @@
 # In the guest: the kernel's own nbd module and Debian's nbd-client over the guest's network
 # (run --net), the export as swap, a verifying hog, swapoff, disconnect.
 # Status 1 if a page was wrong, a request failed, a process was OOM-killed or the device stays in use.
-# Arguments: EXPORT, CONNECTIONS, HOG_MIB, THP (always | never), SECONDS of touching, THREADS, DEATHS of the server
+# Arguments: EXPORT, CONNECTIONS, HOG_MIB, THP (always | never), SECONDS of touching, THREADS
 set -eu
-export=$1 connections=$2 hog=$3 thp=$4 seconds=$5 threads=${6:-2} deaths=${7:-0}
-persist=''
-[ "$deaths" = 0 ] || persist=-persist
+export=$1 connections=$2 hog=$3 thp=$4 seconds=$5 threads=${6:-2}
 echo "$thp" > /sys/kernel/mm/transparent_hugepage/enabled
 echo "kernel $(uname -r), THP $thp, hog $hog MiB, export $export on $connections connections"
 # That there is no other way out is part of what is tried.
@@ -15,7 +13,7 @@ for other in "10.0.2.2 10809" "10.0.2.9 10810" "10.0.2.3 53"; do
     if nc -w 2 $other < /dev/null > /dev/null 2>&1; then echo "the guest reaches $other"; exit 1; fi
 done
 modprobe nbd max_part=0
-nbd-client -N "$export" 10.0.2.9 10809 /dev/nbd0 -b 4096 -swap $persist -C "$connections"
+nbd-client -N "$export" 10.0.2.9 10809 /dev/nbd0 -b 4096 -swap -C "$connections"
 sockets=$(netstat -tn 2> /dev/null | grep -c '10.0.2.9:10809 *ESTABLISHED' || true)
 echo "connected: $(cat /sys/block/nbd0/size) sectors, $sockets connections," \
     "discard $(cat /sys/block/nbd0/queue/discard_max_bytes), zeroes $(cat /sys/block/nbd0/queue/write_zeroes_max_bytes)"
