@@ -35,6 +35,8 @@ use std::time::{Duration, Instant};
 /// Between attempts: at first, and at most.
 const PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// Before another process stands by, where one has ended.
+const STANDBY_PAUSE: Duration = Duration::from_secs(5);
 /// Between offers that need not be taken.
 const SPARE_PAUSE: Duration = Duration::from_secs(2);
 
@@ -66,6 +68,8 @@ pub struct Watch {
     signals: UnixStream,
     ending: Arc<AtomicBool>,
     standby: Option<Child>,
+    /// When to start one, if there is none.
+    standby_due: Option<Instant>,
     teller: Teller,
 }
 
@@ -104,6 +108,7 @@ impl Watch {
             signals,
             ending,
             standby: None,
+            standby_due: None,
             teller,
         })
     }
@@ -139,13 +144,17 @@ impl Watch {
         Ok(swapon)
     }
 
-    /// Starts this program once more, which then finds that it is watched.
+    /// Starts this program once more, which then finds that it is watched. Not while a connection is missing.
     pub fn have_another_stand_by(&mut self) {
+        self.standby_due = None;
         let mut command = Command::new("/proc/self/exe");
         command.arg0("ghostswap-nbd").args(std::env::args_os().skip(1)).stdin(Stdio::null());
         match command.spawn() {
             Ok(child) => self.standby = Some(child),
-            Err(error) => self.teller.tell(Event::NoStandby(error)),
+            Err(error) => {
+                self.standby_due = Some(Instant::now() + STANDBY_PAUSE);
+                self.teller.tell(Event::NoStandby(error));
+            }
         }
     }
 
@@ -156,6 +165,7 @@ impl Watch {
         loop {
             if lock.take()? {
                 self.begin_outage();
+                self.standby_due = Some(Instant::now());
                 return Ok(true);
             }
             if self.ending.swap(false, Ordering::Relaxed) && !self.is_in_use() {
@@ -206,7 +216,7 @@ impl Watch {
                     }
                 }
             }
-            self.tell_of_standby();
+            self.look_after_standby();
             if self.ending.swap(false, Ordering::Relaxed) && !self.is_in_use() {
                 self.device.disconnect().context("cannot disconnect the device")?;
                 self.teller.tell(Event::Ended);
@@ -266,10 +276,14 @@ impl Watch {
         }
     }
 
-    fn tell_of_standby(&mut self) {
+    fn look_after_standby(&mut self) {
         if let Some(Ok(Some(status))) = self.standby.as_mut().map(Child::try_wait) {
             self.standby = None;
+            self.standby_due = Some(Instant::now() + STANDBY_PAUSE);
             self.teller.tell(Event::StandbyEnded(status));
+        }
+        if self.outage.is_none() && self.standby_due.is_some_and(|due| Instant::now() >= due) {
+            self.have_another_stand_by();
         }
     }
 
@@ -281,7 +295,7 @@ impl Watch {
         let limit = match (missing, offering) {
             (true, _) => Some(pause.min(LONGEST_PAUSE)),
             (false, true) => Some(pause.min(SPARE_PAUSE)),
-            (false, false) => None,
+            (false, false) => self.standby_due.map(|_| STANDBY_PAUSE),
         };
         let limit =
             limit.map(|limit| Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: limit.subsec_nanos().into() });
