@@ -31,7 +31,7 @@ const MAX_SKIPPED_BYTES: u64 = u32::MAX as u64;
 pub const IN_FLIGHT_BYTES: usize = 4 << 20;
 /// What the store takes at once: as many pages as it may put in one group.
 const RUN_BYTES: usize = 64 << 10;
-/// Requests answered between two looks at what waits, while more of them are there.
+/// Requests answered between two looks at what waits, while more of them are there; and of those at most with a look.
 const TURN: u32 = 16;
 
 /// What a connection's requests are checked and answered by.
@@ -114,9 +114,10 @@ impl Session<'_> {
         }
     }
 
-    /// Of those that wait, answers what can be answered now.
+    /// Of those that wait, answers what can be answered now: not so many that new requests would wait long.
     fn answer_what_can_be(&mut self) -> io::Result<()> {
-        while let Some((part, ended)) = self.fetching.ended(&mut self.lane) {
+        for _ in 0..TURN {
+            let Some((part, ended)) = self.fetching.ended(&mut self.lane) else { break };
             self.answer_part(&part, ended)?;
         }
         self.answer_parked()

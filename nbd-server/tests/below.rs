@@ -276,7 +276,8 @@ fn fio_verifies_far_more_than_memory_holds() {
     for (kind, sizes) in [("randwrite", "--bsrange=4k-64k"), ("randrw", "--bs=4k")] {
         let common =
             ["--name=x", "--ioengine=nbd", "--size=48M", "--iodepth=32", "--verify=crc32c", "--verify_fatal=1"];
-        let content = ["--refill_buffers", "--buffer_compress_percentage=30", "--verify_backlog=512", "--verify_state_save=0"];
+        let content =
+            ["--refill_buffers", "--buffer_compress_percentage=30", "--verify_backlog=512", "--verify_state_save=0"];
         run(Command::new("fio").args(common).args(content).args([&uri, sizes, &format!("--rw={kind}")]));
     }
     below.end();
