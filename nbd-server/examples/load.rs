@@ -7,7 +7,7 @@
 use clap::{Parser, ValueEnum};
 use std::io::{IoSlice, Read, Result, Write};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 const PAGE: usize = 4096;
@@ -102,7 +102,7 @@ fn image(args: &Args) -> Result<Vec<u8>> {
     Ok(image)
 }
 
-fn connect(socket: &PathBuf) -> Result<UnixStream> {
+fn connect(socket: &Path) -> Result<UnixStream> {
     let mut socket = UnixStream::connect(socket)?;
     socket.read_exact(&mut [0; 18])?;
     // Fixed newstyle without zeroes; EXPORT_NAME, the default export; size and flags.

@@ -9,7 +9,8 @@ use std::io;
 
 /// Why a part of a read is not among the replies.
 enum Unread {
-    Waits(Part, Fetch),
+    /// What is there of it, and what it needs of the disk.
+    Waits(Box<(Part, Fetch)>),
     /// It needs the disk, and as many wait for that as may.
     Crowded,
     Failed(Error),
@@ -103,7 +104,7 @@ impl Session<'_> {
                 match lane.read_or_fetch(offset, data).map_err(Unread::Failed)? {
                     (_, None) => Ok(()),
                     (done, Some(fetch)) if may_wait && fetching.has_room(bytes) => {
-                        Err(Unread::Waits(Part::new(*request, offset, data.to_vec(), done), fetch))
+                        Err(Unread::Waits(Box::new((Part::new(*request, offset, data.to_vec(), done), fetch))))
                     }
                     (_, Some(_)) if may_wait && !fetching.is_empty() => Err(Unread::Crowded),
                     (done, Some(_)) => lane.read(offset + done as u64, &mut data[done..]).map_err(Unread::Failed),
@@ -113,7 +114,8 @@ impl Session<'_> {
                 Ok(()) => return Ok(Put::Done),
                 Err(Unread::Failed(error)) => return Ok(Put::Failed(error)),
                 Err(Unread::Crowded) => self.let_one_end()?,
-                Err(Unread::Waits(part, fetch)) => {
+                Err(Unread::Waits(waits)) => {
+                    let (part, fetch) = *waits;
                     self.fetching.push(part, fetch);
                     return Ok(Put::Waits);
                 }
