@@ -9,6 +9,7 @@ use crate::transport::Transport;
 use crate::wire::Wire;
 use ghostswap::Store;
 use std::io::{Read, Result, Write};
+use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -21,7 +22,7 @@ pub struct Said {
 /// From the first byte on.
 pub fn from_handshake(offer: &Offer, input: &[u8]) -> Said {
     held(input, |wire| match negotiate(wire, offer)? {
-        Some(chosen) => transmission::serve(wire, *chosen),
+        Some(chosen) => transmission::serve(wire, *chosen, transmission::IN_FLIGHT_BYTES),
         None => Ok(()),
     })
 }
@@ -32,7 +33,8 @@ pub fn from_requests(offer: &Offer, form: Form, input: &[u8]) -> Said {
         let visit = offer.exports.all()[0].enter().ok_or(std::io::ErrorKind::NotFound)?;
         let lane = visit.0.volume.lane().map_err(std::io::Error::other)?;
         let contexts = [form != Form::Simple; 2];
-        transmission::serve(wire, Chosen { lane, visit, form, contexts, client: Vec::new() })
+        let chosen = Chosen { lane, visit, form, contexts, client: Vec::new() };
+        transmission::serve(wire, chosen, transmission::IN_FLIGHT_BYTES)
     })
 }
 
@@ -90,7 +92,7 @@ impl Transport for Memory {
         Ok(())
     }
 
-    fn has_input(&self, _: Duration) -> Result<bool> {
+    fn wait(&self, _: Option<BorrowedFd<'_>>, _: Duration) -> Result<bool> {
         Ok(true)
     }
 

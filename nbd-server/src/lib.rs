@@ -14,6 +14,7 @@ pub mod connect;
 pub mod control;
 pub mod conversation;
 pub mod export;
+pub mod fetching;
 pub mod handshake;
 pub mod listen;
 pub mod parked;

@@ -7,6 +7,7 @@
 
 use anyhow::{Context, Result};
 use clap::{ArgGroup, Parser, Subcommand, ValueEnum};
+use ghostswap::config::parse_size;
 use ghostswap::{create_arena, Store, StoreConfig, TierConfig};
 use ghostswap_nbd::export::{ExportConfig, Exports};
 use ghostswap_nbd::handshake::Offer;
@@ -65,6 +66,10 @@ struct Args {
     /// Hang up on clients that send and take nothing for so long [default: never]
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
     idle_time: Option<u32>,
+    /// Most bytes of a connection's requests that wait, half of it for writes that wait for room, half for reads
+    /// that wait for the disk tier; 0: none waits, and all replies come in order
+    #[arg(long, value_name = "SIZE", default_value = "4M", value_parser = in_flight_bytes)]
+    max_in_flight: usize,
     /// The server's certificate, and those between it and its root, in PEM
     #[arg(long, value_name = "FILE", requires = "tls_key")]
     tls_cert: Option<PathBuf>,
@@ -193,6 +198,13 @@ fn bad_usage(why: String) -> anyhow::Error {
     ghostswap::Error::InvalidConfig(why).into()
 }
 
+fn in_flight_bytes(text: &str) -> std::result::Result<usize, String> {
+    match parse_size(text)? {
+        bytes if bytes <= 1 << 30 => Ok(bytes as usize),
+        _ => Err(format!("{text}: up to 1G")),
+    }
+}
+
 fn complain(what: std::fmt::Arguments<'_>) {
     // The exit status tells it too, should nobody read this.
     let _ = writeln!(std::io::stderr(), "ghostswap-nbd: {what}");
@@ -272,7 +284,7 @@ fn serve(args: &Args, given: Given) -> Result<()> {
         handshake_time: Duration::from_secs(args.handshake_time.into()),
     };
     let idle_time = args.idle_time.map(|seconds| Duration::from_secs(seconds.into()));
-    let server = Server::new(offer, Limits { connections, idle_time });
+    let server = Server::new(offer, Limits { connections, idle_time, in_flight_bytes: args.max_in_flight });
     server.serve_at(&listeners)?;
     link.watch()?;
     for signal in signals.forever() {

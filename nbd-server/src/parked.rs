@@ -9,8 +9,6 @@ use ghostswap::{Error, Lane};
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-/// Most bytes that wait for a connection.
-const MAX_BYTES: usize = 1 << 20;
 /// Refusals are then at most 32 a second: clients that swap try again at once, and so do less harm.
 const MAX_WRITES: usize = 64;
 
@@ -23,10 +21,10 @@ struct Write {
     since: Instant,
 }
 
-#[derive(Default)]
 pub struct Parked {
     writes: VecDeque<Write>,
     bytes: usize,
+    max_bytes: usize,
     progress: Option<Instant>,
 }
 
@@ -34,12 +32,16 @@ impl Parked {
     /// Before another try: room comes when the cleaner has freed a segment or the host has given memory.
     pub const NAP: Duration = Duration::from_millis(4);
 
+    pub fn new(max_bytes: usize) -> Parked {
+        Parked { writes: VecDeque::new(), bytes: 0, max_bytes, progress: None }
+    }
+
     pub fn is_empty(&self) -> bool {
         self.writes.is_empty()
     }
 
     pub fn has_room(&self, bytes: usize) -> bool {
-        self.writes.len() < MAX_WRITES && self.bytes + bytes <= MAX_BYTES
+        self.writes.len() < MAX_WRITES && self.bytes + bytes <= self.max_bytes
     }
 
     /// `data` is what is left of a write, from `offset` on.

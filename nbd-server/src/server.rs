@@ -32,6 +32,8 @@ pub struct Limits {
     pub connections: usize,
     /// How long an export's client may neither send nor take anything; `None`: for ever.
     pub idle_time: Option<Duration>,
+    /// Of a connection's requests that wait for room or for the disk, beside its buffers.
+    pub in_flight_bytes: usize,
 }
 
 const REFUSALS_TOLD_EVERY: Duration = Duration::from_secs(1);
@@ -151,7 +153,9 @@ impl Server {
             Err(error) => return info!(connection = number, "handshake: {error}"),
         };
         info!(connection = number, export = chosen.visit.0.name, client = chosen.client.first(), "client connected");
-        let served = wire.set_idle_time(self.0.limits.idle_time).and_then(|()| transmission::serve(&mut wire, *chosen));
+        let Limits { idle_time, in_flight_bytes, .. } = self.0.limits;
+        let served =
+            wire.set_idle_time(idle_time).and_then(|()| transmission::serve(&mut wire, *chosen, in_flight_bytes));
         // Its lane is free by now, so that it may take its time.
         match served.and_then(|()| wire.close()) {
             Ok(()) => info!(connection = number, "client left"),

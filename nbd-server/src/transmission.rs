@@ -1,25 +1,38 @@
-//! Requests of one client, through one lane: in order, but for writes that wait for room (`parked`).
+//! Requests of one client, through one lane: in order, but for writes that wait for room (`parked`) and reads that
+//! wait for the disk (`fetching`). What comes after those is answered before them.
 //!
 //! A request's data passes in slices, so a connection's memory does not depend on what is asked.
 //! A simple reply has its error in front of its data: a read that fails after its first slice has
 //! gone can only be told by hanging up. A structured one tells it, and where, in a chunk of its own.
 
 use crate::export::Visit;
+use crate::fetching::Fetching;
 use crate::handshake::Chosen;
 use crate::parked::Parked;
 use crate::proto::{
     chunk, errno, simple_reply, Chunk, Command, Context, Form, Request, EXTENDED_REQUEST_BYTES, FLAG_DF,
     FLAG_FAST_ZERO, FLAG_FUA, FLAG_NO_HOLE, FLAG_PAYLOAD_LEN, FLAG_REQ_ONE, MAX_PAYLOAD_BYTES, REQUEST_BYTES,
 };
+use crate::transport::wait_for;
 use crate::wire::{Wire, SLICE_BYTES};
-use ghostswap::{Error, Lane, PageKind, PAGE_BYTES};
+use ghostswap::{Error, Lane, PAGE_BYTES};
+use rustix::event::{PollFd, PollFlags};
 use std::io::{self, ErrorKind};
 use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+mod reads;
 
 /// Most extents told of a context at once: 16 KiB of reply for 28 bytes of request.
 const MAX_EXTENTS: usize = 2048;
 /// Most data thrown away for a request that is refused: what 32 bits can say, no more.
 const MAX_SKIPPED_BYTES: u64 = u32::MAX as u64;
+/// Most bytes of requests that wait, if nobody says otherwise: 64 writes of 32 KiB, some 50 reads of a page.
+pub const IN_FLIGHT_BYTES: usize = 4 << 20;
+/// What the store takes at once: as many pages as it may put in one group.
+const RUN_BYTES: usize = 64 << 10;
+/// Requests answered between two looks at what waits, while more of them are there; and of those at most with a look.
+const TURN: u32 = 16;
 
 /// What a connection's requests are checked and answered by.
 #[derive(Clone, Copy)]
@@ -30,15 +43,24 @@ struct Terms {
     contexts: [bool; 2],
 }
 
-/// Serves until the client leaves.
-pub fn serve(wire: &mut Wire, chosen: Chosen) -> io::Result<()> {
+/// Serves until the client leaves. Half of `in_flight_bytes` is for writes that wait for room, half for reads that
+/// wait for the disk, so that neither keeps the other waiting.
+pub fn serve(wire: &mut Wire, chosen: Chosen, in_flight_bytes: usize) -> io::Result<()> {
     let terms = Terms {
         volume_bytes: chosen.visit.0.volume.bytes(),
         read_only: chosen.visit.0.read_only,
         form: chosen.form,
         contexts: chosen.contexts,
     };
-    let mut session = Session { wire, lane: chosen.lane, visit: chosen.visit, terms, parked: Parked::default() };
+    let mut session = Session {
+        wire,
+        fetching: Fetching::new(&chosen.lane, in_flight_bytes / 2).map_err(io::Error::other)?,
+        lane: chosen.lane,
+        visit: chosen.visit,
+        terms,
+        parked: Parked::new(in_flight_bytes / 2),
+        turn: 0,
+    };
     while session.next_is_there()? {
         let bytes = if terms.form == Form::Extended { EXTENDED_REQUEST_BYTES } else { REQUEST_BYTES };
         let Some(request) = Request::parse(session.wire.take(bytes)?, terms.form) else {
@@ -49,51 +71,95 @@ pub fn serve(wire: &mut Wire, chosen: Chosen) -> io::Result<()> {
         }
         session.answer(&request)?;
     }
-    session.answer_all_parked()?;
+    session.answer_all_that_wait()?;
     wire.send()
 }
 
 struct Session<'a> {
     wire: &'a mut Wire,
+    fetching: Fetching,
     /// Closed before the export is left.
     lane: Lane,
     visit: Visit,
     terms: Terms,
     parked: Parked,
+    turn: u32,
 }
 
 impl Session<'_> {
-    /// Waits for the next request, and meanwhile for room for what is parked. False: the client has left.
+    /// Waits for the next request, and meanwhile for room and for the disk. False: the client has left.
     fn next_is_there(&mut self) -> io::Result<bool> {
-        while !self.parked.is_empty() {
-            self.answer_parked()?;
-            if self.wire.has_input(Parked::NAP)? {
-                break;
-            }
+        if self.turn < TURN && self.wire.there() > 0 {
+            self.turn += 1;
+            return Ok(true);
+        }
+        self.turn = 0;
+        self.answer_what_can_be()?;
+        while !self.nothing_waits() && !self.wire.wait(self.fetching.news(), self.patience())? {
+            self.answer_what_can_be()?;
         }
         self.wire.at_end().map(|at_end| !at_end)
     }
 
+    fn nothing_waits(&self) -> bool {
+        self.parked.is_empty() && self.fetching.is_empty()
+    }
+
+    fn patience(&self) -> Duration {
+        let patience = self.fetching.patience();
+        if self.parked.is_empty() {
+            patience
+        } else {
+            patience.min(Parked::NAP)
+        }
+    }
+
+    /// Of those that wait, answers what can be answered now: not so many that new requests would wait long.
+    fn answer_what_can_be(&mut self) -> io::Result<()> {
+        for _ in 0..TURN {
+            let Some((part, ended)) = self.fetching.ended(&mut self.lane) else { break };
+            self.answer_part(&part, ended)?;
+        }
+        self.answer_parked()
+    }
+
+    /// Waits until one of those that wait may be answered, and takes nothing from the client meanwhile.
+    fn let_one_end(&mut self) -> io::Result<()> {
+        self.wire.send()?;
+        match self.fetching.news() {
+            Some(news) => wait_for(&mut [PollFd::from_borrowed_fd(news, PollFlags::IN)], self.patience()).map(drop)?,
+            None => std::thread::sleep(self.patience()),
+        }
+        self.answer_what_can_be()
+    }
+
+    /// Whoever leaves in order is answered first.
+    fn answer_all_that_wait(&mut self) -> io::Result<()> {
+        self.answer_what_can_be()?;
+        while !self.nothing_waits() {
+            self.let_one_end()?;
+        }
+        Ok(())
+    }
+
     fn answer(&mut self, request: &Request) -> io::Result<()> {
-        let Session { wire, lane, terms, .. } = self;
-        let result = match (request.command, check(request, terms)) {
-            (Command::Read, Ok(())) if terms.form != Form::Simple => {
-                return read_in_chunks(wire, lane, request, terms.form);
-            }
-            (Command::Read, Ok(())) => return read(wire, lane, request),
-            (Command::BlockStatus, Ok(())) => return block_status(wire, lane, request, terms),
+        let terms = self.terms;
+        let result = match (request.command, check(request, &terms)) {
+            (Command::Read, Ok(())) if terms.form != Form::Simple => return self.read_in_chunks(request, 0),
+            (Command::Read, Ok(())) => return self.read(request),
+            (Command::BlockStatus, Ok(())) => return block_status(self.wire, &mut self.lane, request, &terms),
             (Command::Write, Ok(())) => match self.write(request)? {
                 Some(result) => result,
                 None => return Ok(()),
             },
             (_, Err(errno)) if has_payload(request, terms.form) => {
                 if request.len > MAX_SKIPPED_BYTES {
-                    return hang_up(wire, "more data than can be");
+                    return hang_up(self.wire, "more data than can be");
                 }
-                wire.skip(request.len as usize)?;
+                self.wire.skip(request.len as usize)?;
                 Err(errno)
             }
-            (_, checked) => checked.and_then(|()| without_data(lane, request)),
+            (_, checked) => checked.and_then(|()| without_data(&mut self.lane, request)),
         };
         self.reply(request, result)
     }
@@ -118,12 +184,10 @@ impl Session<'_> {
         let mut offset = request.offset;
         let mut left = request.len as usize;
         while !self.parked.is_empty() && !self.parked.has_room(left) {
-            self.answer_parked()?;
-            self.wire.send()?;
-            std::thread::sleep(Parked::NAP);
+            self.let_one_end()?;
         }
         while left > 0 {
-            let part = left.min(SLICE_BYTES);
+            let part = portion(offset, left, self.wire.there());
             let data = self.wire.take(part)?;
             // What came first has the first claim to room.
             let tried = if self.parked.is_empty() { self.lane.try_write(offset, data) } else { Ok(0) };
@@ -163,18 +227,17 @@ impl Session<'_> {
         }
         Ok(())
     }
+}
 
-    /// Whoever leaves in order is answered first.
-    fn answer_all_parked(&mut self) -> io::Result<()> {
-        loop {
-            self.answer_parked()?;
-            if self.parked.is_empty() {
-                return Ok(());
-            }
-            self.wire.send()?;
-            std::thread::sleep(Parked::NAP);
-        }
+/// How much of what is `left` of a write to take at once: what is there, in whole runs, and at least one. So the buffer
+/// need not hold a request's data together, and the first runs are stored while the client sends the others.
+fn portion(offset: u64, left: usize, there: usize) -> usize {
+    let first = RUN_BYTES - (offset % PAGE_BYTES as u64) as usize;
+    let there = there.min(left).min(SLICE_BYTES);
+    if left <= first || there == left {
+        return left;
     }
+    first + there.saturating_sub(first) / RUN_BYTES * RUN_BYTES
 }
 
 /// Tells what was answered so far, and nothing more.
@@ -214,73 +277,6 @@ fn check(request: &Request, terms: &Terms) -> Result<(), u32> {
         Some(end) if end <= terms.volume_bytes => Ok(()),
         _ => Err(outside),
     }
-}
-
-fn read(wire: &mut Wire, lane: &mut Lane, request: &Request) -> io::Result<()> {
-    let mut offset = request.offset;
-    let mut left = request.len as usize;
-    let mut head: &[u8] = &simple_reply(0, request.cookie);
-    loop {
-        let part = left.min(SLICE_BYTES);
-        let filled = wire.put_filled(head, part, |data| if part == 0 { Ok(()) } else { lane.read(offset, data) })?;
-        match filled {
-            Ok(()) => head = &[],
-            Err(error) if !head.is_empty() => {
-                return wire.put(&simple_reply(errno_of(&error), request.cookie));
-            }
-            Err(error) => return Err(io::Error::other(format!("hanging up in the midst of a read: {error}"))),
-        }
-        offset += part as u64;
-        left -= part;
-        if left == 0 {
-            return Ok(());
-        }
-    }
-}
-
-/// A chunk for each slice: its data, or that it is zeros where nothing is stored.
-fn read_in_chunks(wire: &mut Wire, lane: &mut Lane, request: &Request, form: Form) -> io::Result<()> {
-    if request.len == 0 {
-        return wire.put(&Chunk::new(request, form, true, chunk::NONE, &[], 0));
-    }
-    // A slice is what one chunk can hold: more than the 64 KiB that DF is good for at least.
-    if request.flags & FLAG_DF != 0 && request.len as usize > SLICE_BYTES {
-        return wire.put(&Chunk::error(request, form, errno::OVERFLOW, None));
-    }
-    // The slices before it have gone, and hold.
-    let failed = |error: &Error, from: u64| Chunk::error(request, form, errno_of(error), Some(place_of(error, from)));
-    let mut offset = request.offset;
-    let mut left = request.len as usize;
-    while left > 0 {
-        let part = left.min(SLICE_BYTES);
-        let done = part == left;
-        let is_zeros = match reads_as_zeros(lane, offset, part as u64) {
-            Ok(is_zeros) => is_zeros,
-            Err(error) => return wire.put(&failed(&error, offset)),
-        };
-        let place = offset.to_be_bytes();
-        if is_zeros {
-            let size = (part as u32).to_be_bytes();
-            wire.put(&Chunk::new(request, form, done, chunk::OFFSET_HOLE, &[&place, &size], 0))?;
-        } else {
-            let head = Chunk::new(request, form, done, chunk::OFFSET_DATA, &[&place], part);
-            if let Err(error) = wire.put_filled(&head, part, |data| lane.read(offset, data))? {
-                return wire.put(&failed(&error, offset));
-            }
-        }
-        offset += part as u64;
-        left -= part;
-    }
-    Ok(())
-}
-
-fn reads_as_zeros(lane: &mut Lane, offset: u64, len: u64) -> Result<bool, Error> {
-    let mut zeros = true;
-    lane.kinds(offset, len, |kind, _| {
-        zeros &= matches!(kind, PageKind::Empty | PageKind::Zero);
-        zeros
-    })?;
-    Ok(zeros)
 }
 
 /// One chunk for each context that was agreed on.

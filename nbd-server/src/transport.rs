@@ -1,9 +1,11 @@
 //! What carries a connection's bytes: a socket of any family; in tests, memory.
 
+use rustix::event::{poll, PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
 use socket2::{Socket, TcpKeepalive};
-use std::io::{ErrorKind, Read, Result, Write};
-use std::mem::MaybeUninit;
+use std::io::{Read, Result, Write};
 use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 /// A peer that vanished without a word is noticed after 60 + 5 × 12 seconds without an answer from its
@@ -18,8 +20,8 @@ pub trait Transport: Read + Write + Send {
     /// The longest that one read or write may wait; `None`: for ever.
     fn set_timeout(&self, time: Option<Duration>) -> Result<()>;
 
-    /// Whether a read would not wait, after at most `time`. Changes the limit that was set.
-    fn has_input(&self, time: Duration) -> Result<bool>;
+    /// Whether a read would not wait; if it would, after at most `time`, or as soon as `also` can be read.
+    fn wait(&self, also: Option<BorrowedFd<'_>>, time: Duration) -> Result<bool>;
 
     /// Tells the peer that nothing more comes.
     fn finish(&self) -> Result<()>;
@@ -30,17 +32,23 @@ impl Transport for Socket {
         self.set_read_timeout(time).and_then(|()| self.set_write_timeout(time))
     }
 
-    fn has_input(&self, time: Duration) -> Result<bool> {
-        self.set_read_timeout(Some(time))?;
-        match self.peek(&mut [MaybeUninit::uninit()]) {
-            Ok(_) => Ok(true),
-            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => Ok(false),
-            Err(error) => Err(error),
-        }
+    fn wait(&self, also: Option<BorrowedFd<'_>>, time: Duration) -> Result<bool> {
+        let own = self.as_fd();
+        wait_for(&mut [own, also.unwrap_or(own)].map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)), time)
     }
 
     fn finish(&self) -> Result<()> {
         self.shutdown(Shutdown::Write)
+    }
+}
+
+/// Waits until one of them can be read or has failed, or `time` is over. Whether it is the first.
+pub fn wait_for(fds: &mut [PollFd<'_>], time: Duration) -> Result<bool> {
+    let time = Timespec::try_from(time).map_err(std::io::Error::other)?;
+    match poll(fds, Some(&time)) {
+        Ok(_) => Ok(fds.first().is_some_and(|first| !first.revents().is_empty())),
+        Err(Errno::INTR) => Ok(false),
+        Err(error) => Err(error.into()),
     }
 }
 

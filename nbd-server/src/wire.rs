@@ -10,6 +10,7 @@
 use crate::transport::Transport;
 use rustls::{ServerConfig, ServerConnection};
 use std::io::{Error, ErrorKind, Read, Result, Write};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -101,13 +102,19 @@ impl Wire {
         }
     }
 
-    /// Whether there is something to take, after at most `time`. Like all waiting it sends first.
-    pub fn has_input(&mut self, time: Duration) -> Result<bool> {
-        if self.start != self.end {
+    /// Bytes that can be taken without asking the socket.
+    pub fn there(&self) -> usize {
+        self.end - self.start
+    }
+
+    /// Whether there is something to take; if not, after at most `time`, or as soon as `also` can be read. Like
+    /// all waiting it sends first.
+    pub fn wait(&mut self, also: Option<BorrowedFd<'_>>, time: Duration) -> Result<bool> {
+        if self.there() > 0 {
             return Ok(true);
         }
         self.send()?;
-        self.link.has_input(time)
+        self.link.wait(also, time)
     }
 
     /// Throws away the next `len` bytes.
@@ -219,17 +226,13 @@ impl Link {
         Ok(self.tls.as_deref().expect("set above"))
     }
 
-    fn has_input(&mut self, time: Duration) -> Result<bool> {
+    fn wait(&mut self, also: Option<BorrowedFd<'_>>, time: Duration) -> Result<bool> {
         if self.has_plaintext()? {
             return Ok(true);
         }
-        let has_input = self.transport.has_input(time);
-        self.set_limit(self.limit)?;
-        if !has_input? {
-            return Ok(false);
-        }
-        if self.tls.is_none() {
-            return Ok(true);
+        let has_input = self.transport.wait(also, time)?;
+        if !has_input || self.tls.is_none() {
+            return Ok(has_input);
         }
         // Part of a record, or one of TLS's own: whoever reads now would wait for the rest.
         Ok(self.receive_tls()? == 0 || self.has_plaintext()?)

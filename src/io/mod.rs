@@ -3,10 +3,12 @@
 
 mod backing;
 mod buffer;
+mod reads;
 mod ring;
 
 pub(crate) use backing::{Backing, TierKey};
 pub use buffer::Buffer;
+pub use reads::{EndedRead, Reads};
 pub(crate) use ring::{Ring, Transfer};
 
 /// Unit of reading and writing, and its alignment on disk and in memory.

@@ -1,0 +1,131 @@
+//! Reads that are under way while their thread does other things: through an io_uring of its own, each into
+//! a buffer of its own. Its descriptor is readable once one has ended, so it can be waited for beside others.
+#![allow(unsafe_code, reason = "submitting buffers that stay until the kernel has done with them")]
+
+use super::Buffer;
+use crate::error::{Error, Result};
+use io_uring::{opcode, types, IoUring};
+use std::io::ErrorKind;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+
+/// One thread's reads.
+pub struct Reads {
+    ring: IoUring,
+    /// By the number that a read was given. None: that number is free.
+    buffers: Vec<Option<(Buffer, usize)>>,
+}
+
+/// A read that has ended.
+pub struct EndedRead {
+    /// What [`Reads::start`] called it.
+    pub number: usize,
+    /// The bytes read, in its first ones.
+    pub buffer: Buffer,
+    /// Whether all of them are there.
+    pub result: std::io::Result<()>,
+}
+
+impl Reads {
+    /// For at most so many at a time.
+    pub fn new(most: usize) -> Result<Reads> {
+        let entries = most.next_power_of_two() as u32;
+        let ring = IoUring::new(entries).map_err(|source| Error::System { what: "io_uring_setup", source })?;
+        Ok(Reads { ring, buffers: (0..most).map(|_| None).collect() })
+    }
+
+    /// Whether none is under way.
+    pub fn is_empty(&self) -> bool {
+        self.buffers.iter().all(Option::is_none)
+    }
+
+    /// Begins to read `bytes` (whole blocks, not none) from byte `at` on, and says what number it has: less
+    /// than the most there may be, and no other that is under way has it. None: so many are under way.
+    pub fn start(&mut self, fd: RawFd, at: u64, bytes: usize) -> Option<usize> {
+        let number = self.buffers.iter().position(Option::is_none)?;
+        let (buffer, _) = self.buffers[number].insert((Buffer::new(bytes), bytes));
+        let entry = opcode::Read::new(types::Fd(fd), buffer.as_mut_ptr(), bytes as u32).offset(at);
+        // SAFETY: the buffer is kept until the read's completion was seen: see `ended` and `Drop`. Moving it
+        // does not move its bytes.
+        let pushed = unsafe { self.ring.submission().push(&entry.build().user_data(number as u64)) };
+        pushed.expect("a ring has an entry for each of its reads");
+        self.submit();
+        Some(number)
+    }
+
+    /// One that has ended, if there is one.
+    pub fn ended(&mut self) -> Option<EndedRead> {
+        if !self.ring.submission().is_empty() {
+            self.submit();
+        }
+        let done = self.ring.completion().next()?;
+        let number = done.user_data() as usize;
+        let (buffer, bytes) = self.buffers[number].take().expect("a read ends once");
+        let result = match done.result() {
+            n if n == bytes as i32 => Ok(()),
+            n if n < 0 => Err(std::io::Error::from_raw_os_error(-n)),
+            _ => Err(ErrorKind::UnexpectedEof.into()),
+        };
+        Some(EndedRead { number, buffer, result })
+    }
+
+    /// What the kernel has no memory for at this moment stays in the ring, and goes with the next try.
+    fn submit(&self) {
+        match self.ring.submit() {
+            Ok(_) => {}
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)) => {}
+            Err(e) => panic!("io_uring_enter to read: {e}"),
+        }
+    }
+}
+
+impl AsFd for Reads {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the ring's descriptor is open as long as the ring is.
+        unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) }
+    }
+}
+
+impl Drop for Reads {
+    fn drop(&mut self) {
+        while !self.is_empty() {
+            while self.ended().is_some() {}
+            if !self.is_empty() && self.ring.submit_and_wait(1).is_err_and(|e| e.kind() != ErrorKind::Interrupted) {
+                // The kernel may write to the buffers yet: they must not go.
+                return std::mem::forget(std::mem::take(&mut self.buffers));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::BLOCK_BYTES;
+
+    #[test]
+    fn many_at_once_each_with_its_own_bytes() {
+        let path = std::env::temp_dir().join(format!("ghostswap-reads-{}", std::process::id()));
+        let bytes: Vec<u8> = (0..8 * BLOCK_BYTES).map(|i| (i / BLOCK_BYTES + 1) as u8).collect();
+        std::fs::write(&path, &bytes).unwrap();
+        let file = std::fs::File::open(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let mut reads = Reads::new(4).unwrap();
+        let start =
+            |reads: &mut Reads, block: usize| reads.start(file.as_raw_fd(), (block * BLOCK_BYTES) as u64, BLOCK_BYTES);
+        // The last one is beyond the end of the file.
+        let mut blocks: Vec<usize> = [0, 3, 7, 8].into();
+        let numbers: Vec<_> = blocks.iter().map(|block| start(&mut reads, *block).unwrap()).collect();
+        assert!(start(&mut reads, 1).is_none(), "no more than it was made for");
+        while !blocks.is_empty() {
+            let Some(ended) = reads.ended() else { continue };
+            let which = numbers.iter().position(|n| *n == ended.number).unwrap();
+            let block = [0, 3, 7, 8][which];
+            blocks.retain(|b| *b != block);
+            assert_eq!(ended.result.is_ok(), block < 8, "block {block}");
+            assert!(block == 8 || ended.buffer.iter().all(|b| *b == block as u8 + 1), "block {block}");
+        }
+        assert!(reads.is_empty());
+        start(&mut reads, 5).unwrap();
+        // Dropped with one under way: waits for it.
+    }
+}
