@@ -98,17 +98,19 @@ fn assert_silent(client: &mut Raw) {
 fn what_is_in_memory_overtakes_what_is_on_disk() {
     let (below, mut client) = Below::start("overtake", &[]);
     // In one piece: the server looks at what the disk has read when it has answered all of it.
-    let burst = |disk: u64, memory: u64| -> Vec<u8> {
-        let from_disk = (0..disk).flat_map(|n| read_request(n, n * 37 % OLD, 1));
+    // And from every segment so little that none comes up to memory.
+    let old = |n: u64| n * 37 % OLD;
+    let burst = |first: u64, disk: u64, memory: u64| -> Vec<u8> {
+        let from_disk = (0..disk).flat_map(|n| read_request(n, old(first + n), 1));
         from_disk.chain((0..memory).flat_map(|n| read_request(disk + n, PAGES + n, 1))).collect()
     };
-    for _ in 0..50 {
-        client.send(&[&burst(8, 4)]);
+    for round in 0..3 {
+        client.send(&[&burst(round * 8, 8, 4)]);
         let mut order = Vec::new();
         for _ in 0..12 {
             let (cookie, errno) = reply(&mut client);
             assert_eq!(errno, 0);
-            expect_pages(&mut client, if cookie < 8 { cookie * 37 % OLD } else { PAGES + cookie - 8 }, 1);
+            expect_pages(&mut client, if cookie < 8 { old(round * 8 + cookie) } else { PAGES + cookie - 8 }, 1);
             order.push(cookie);
         }
         assert_eq!(order[..4], [8, 9, 10, 11], "{order:?}");
@@ -117,7 +119,7 @@ fn what_is_in_memory_overtakes_what_is_on_disk() {
     }
     // A disk that takes its time keeps nobody waiting but those who want it; writes go on too.
     below.cut_off(|| {
-        client.send(&[&burst(40, 0), &read_request(90, OLD / 2, 64)]);
+        client.send(&[&burst(0, 40, 0), &read_request(90, OLD / 2, 64)]);
         let began = Instant::now();
         for number in 0..20u64 {
             client.request(0, 1, (PAGES + 100 + number) * PAGE, 4096, &[number as u8 + 1; 4096]);
@@ -135,7 +137,7 @@ fn what_is_in_memory_overtakes_what_is_on_disk() {
         assert_eq!(errno, 0, "of {cookie}");
         match cookie {
             90 => expect_pages(&mut client, OLD / 2, 64),
-            _ => expect_pages(&mut client, cookie * 37 % OLD, 1),
+            _ => expect_pages(&mut client, old(cookie), 1),
         }
         waited.push(cookie);
     }
