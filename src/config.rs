@@ -137,8 +137,7 @@ pub const MIN_LIMIT_BYTES: u64 = 4 << 20;
 /// Everything a store is opened with.
 #[derive(Clone, Debug)]
 pub struct StoreConfig {
-    /// Tiers, hottest first. Empty: half of the machine's memory, by lz4, and what has lain still for ten minutes, or
-    /// what there is no room for otherwise, compressed again in groups of 64K by zstd:3.
+    /// Tiers, hottest first. Empty: one memory tier with its defaults.
     pub tiers: Vec<TierConfig>,
     /// Most lanes open at once. Default 16.
     pub max_lanes: usize,
@@ -218,23 +217,23 @@ impl StoreConfig {
         let bad = |why: String| Err(Error::InvalidConfig(why));
         let (ram, disk) = in_order(&self.tiers)?;
         let (tier, second) = match ram.as_slice() {
-            [] => (RamTier::default(), self.tiers.is_empty().then(RamTier::second)),
+            [] => (RamTier::default(), None),
             [one] => ((*one).clone(), None),
-            [one, second] => ((*one).clone(), Some((*second).clone())),
+            [one, second] => ((*one).clone(), Some(*second)),
             _ => return bad("at most two ram tiers are supported: one to write to, one to compress again in".into()),
         };
         if tier.idle_s.is_some() {
             return bad("idle= belongs to a second tier, below the one that is written to".into());
         }
         let hot_bytes = tier.limit.resolve(ram_bytes);
-        let limit_bytes = match second.as_ref().map(|t| t.limit) {
+        let limit_bytes = match second.map(|t| t.limit) {
             None | Some(Limit::Default) => hot_bytes,
             Some(own) => hot_bytes.saturating_add(own.resolve(ram_bytes)),
         };
-        if second.as_ref().is_some_and(|t| (t.codec, t.group) == (tier.codec, tier.group)) {
+        if second.is_some_and(|t| (t.codec, t.group) == (tier.codec, tier.group)) {
             return bad("the second tier would compress as the first does: give it codec=zstd:3,group=64K".into());
         }
-        let cold = second.as_ref().map(|t| Cold {
+        let cold = second.map(|t| Cold {
             codec: t.codec,
             group_pages: t.group as usize / PAGE_BYTES,
             idle_s: t.idle_s.unwrap_or(IDLE_S),
@@ -266,8 +265,8 @@ impl StoreConfig {
             segment_bytes_given: self.segment_bytes.is_some(),
             hugetlb: self.hugetlb,
             thread_start: self.thread_start,
-            group_pages_seen: tier.group.max(second.as_ref().map_or(0, |t| t.group)) as usize / PAGE_BYTES,
-            codecs_seen: tier.codec.bit() | second.as_ref().map_or(0, |t| t.codec.bit()),
+            group_pages_seen: tier.group.max(second.map_or(0, |t| t.group)) as usize / PAGE_BYTES,
+            codecs_seen: tier.codec.bit() | second.map_or(0, |t| t.codec.bit()),
             hot_bytes,
             cold,
             below: disk.cloned(),
@@ -319,13 +318,6 @@ mod tests {
         let own = check(&["ram,limit=100M", "ram,limit=50M,codec=zstd:3,group=64K,idle=5"]).unwrap();
         assert_eq!((own.limit_bytes, own.hot_bytes, own.cold.unwrap().idle_s), (150 << 20, 100 << 20, 5));
         assert_eq!((own.group_pages, own.group_pages_seen), (1, 16));
-        let default = check(&[]).unwrap();
-        assert_eq!((default.limit_bytes, default.hot_bytes, default.codec), (512 << 20, 512 << 20, CodecChoice::Lz4));
-        assert_eq!(
-            default.cold.map(|cold| (cold.codec, cold.group_pages, cold.idle_s)),
-            Some((CodecChoice::Zstd(3), 16, 600))
-        );
-        assert!(check(&["ram"]).unwrap().cold.is_none());
         assert!(check(&["ram", "ram"]).is_err(), "it would compress no better");
         assert!(check(&["ram,idle=5"]).is_err());
         assert!(check(&["ram", "ram,limit=60%,codec=zstd"]).is_err(), "more than there is");

@@ -50,8 +50,7 @@ struct Args {
     /// Listen at this Unix socket for `ghostswap-nbd exports`
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
-    /// Where pages are kept: ram[,limit=SIZE|PERCENT%][,codec=lz4|zstd[:LEVEL]][,group=SIZE]. A second one: how they are
-    /// compressed again. [default: ram,limit=50%,codec=lz4 and ram,codec=zstd:3,group=64K,idle=10m]
+    /// Where pages are kept: ram[,limit=SIZE|PERCENT%][,codec=lz4|zstd[:LEVEL]][,group=SIZE]
     #[arg(long, value_name = "SPEC")]
     tier: Vec<TierConfig>,
     /// Most clients at once that have gone to an export [default: the store's]

@@ -57,13 +57,6 @@ impl Default for RamTier {
     }
 }
 
-impl RamTier {
-    /// The second tier where no tier is named at all.
-    pub(crate) fn second() -> RamTier {
-        RamTier { codec: CodecChoice::Zstd(3), group: 64 << 10, ..RamTier::default() }
-    }
-}
-
 impl Place {
     /// Its path.
     pub fn path(&self) -> &std::path::Path {
