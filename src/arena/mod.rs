@@ -110,6 +110,12 @@ impl Arena {
         Ok((arena, found.is_some()))
     }
 
+    /// Frames, segments and metadata pages of one that is made by this configuration.
+    pub fn wanted(c: &Checked) -> [usize; 3] {
+        let g = Geometry::wanted(c, PAGE_BYTES);
+        [g.max_frames as usize, g.max_segments as usize, g.max_meta as usize]
+    }
+
     pub fn max_frames(&self) -> u32 {
         self.geometry.max_frames
     }

@@ -73,6 +73,14 @@ impl Found {
     }
 }
 
+/// Heap that taking up an arena of so many frames, segments and metadata pages needs at most at a time: its
+/// free lists, the bits of what is found, and some for what has one size in every arena.
+pub(super) fn heap_bytes([frames, segments, meta]: [usize; 3]) -> usize {
+    // Resident, torn, seen in the table twice; in use, in the table, retired, two of the disk's; resident, reached.
+    let bits = 4 * frames + 5 * segments + 2 * meta;
+    4 * (frames + segments) + bits / 8 + (64 << 10)
+}
+
 /// Walks an arena and rebuilds everything that is not in it.
 pub(super) fn recover(arena: &Arena, segments: &Segments, map: &Map, lower: Option<&Lower>) -> Result<Found> {
     let volumes = arena.volumes()?;

@@ -7,8 +7,9 @@
 
 use super::demote::{Mover, Tools};
 use super::fetch::most_bytes;
+use super::recover::heap_bytes;
 use super::{build, clean, Owner, Store};
-use crate::arena::{host_memory, Spare, Waiting};
+use crate::arena::{host_memory, Arena, Spare, Waiting};
 use crate::codec::Codec;
 use crate::config::{Checked, StoreConfig};
 use crate::error::{system, Result};
@@ -92,9 +93,7 @@ impl Standby {
 
 /// Takes from the allocator what opening will take, and gives it back: it stays in the heap.
 fn rehearse(config: &Checked) {
-    let frames = config.limit_bytes as usize / config.segment_bytes as usize;
-    // Free lists of frames and ids, and a few bits for each frame and metadata page.
-    let lists = vec![0xa5u8; frames * 16 + config.limit_bytes as usize / crate::PAGE_BYTES];
+    let lists = vec![0xa5u8; heap_bytes(Arena::wanted(config))];
     let codecs: Vec<Codec> = (0..=config.max_lanes).map(|_| Codec::new(config.codec, config.codecs_seen)).collect();
     drop(std::hint::black_box((lists, codecs)));
 }
