@@ -4,12 +4,12 @@
 mod backing;
 mod buffer;
 mod reads;
-mod ring;
+mod writes;
 
 pub(crate) use backing::{Backing, TierKey};
 pub use buffer::Buffer;
 pub use reads::{EndedRead, Reads};
-pub(crate) use ring::{Ring, Transfer};
+pub(crate) use writes::{EndedWrite, Writes};
 
 /// Unit of reading and writing, and its alignment on disk and in memory.
 pub const BLOCK_BYTES: usize = 4096;

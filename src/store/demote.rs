@@ -1,5 +1,5 @@
 //! The mover: writes the oldest segments down to the disk tier when memory runs short, as they are:
-//! compressed and packed, several large writes at once.
+//! compressed and packed, several at once.
 //!
 //! Story of one segment: chosen (what does not compress first, then the oldest; one that was read since
 //! it was last chosen is passed over once); claimed as for cleaning, so that nobody else touches it; sealed
@@ -25,7 +25,7 @@ use super::append::{Appender, KEEP_FOR_CLEANER};
 use super::survivors::Copier;
 use super::{grow, Shared};
 use crate::error::Result;
-use crate::io::{Buffer, Ring, Transfer, BLOCK_BYTES};
+use crate::io::{EndedWrite, Writes, BLOCK_BYTES};
 use crate::log::policy::{demotion, Pressure};
 use crate::log::segment::record_of;
 use crate::page::{ExtentNo, FrameNo, SegmentId};
@@ -38,6 +38,8 @@ use std::time::{Duration, Instant};
 
 /// Segments written at once.
 const WRITES: usize = 4;
+/// Most segments that one look at what is to be done has written.
+const MOST_A_STEP: usize = 64;
 const NAP: Duration = Duration::from_millis(50);
 /// Segments that cannot be read and are passed over before all are tried again.
 const MOST_UNREADABLE: usize = 64;
@@ -47,15 +49,12 @@ const LONGEST_REST: Duration = Duration::from_secs(30);
 
 /// What the mover needs that takes memory, made before it is needed.
 pub(super) struct Tools {
-    ring: Ring,
-    buffers: Vec<Buffer>,
+    writes: Writes,
 }
 
 impl Tools {
     pub fn new(segment_bytes: usize) -> Result<Tools> {
-        let bytes = segment_bytes.div_ceil(PAYLOAD) * BLOCK_BYTES;
-        let buffers = (0..WRITES).map(|_| Buffer::new(bytes)).collect();
-        Ok(Tools { ring: Ring::new(WRITES as u32)?, buffers })
+        Ok(Tools { writes: Writes::new(WRITES, segment_bytes.div_ceil(PAYLOAD) * BLOCK_BYTES)? })
     }
 }
 
@@ -65,8 +64,8 @@ pub(super) struct Mover {
     copier: Copier,
     /// The likeliest victims: raw, age, segment.
     likely: Vec<(bool, u64, SegmentId)>,
-    on_the_way: Vec<OnTheWay>,
-    transfers: Vec<Transfer>,
+    /// By the buffer that they are written from.
+    on_the_way: [Option<OnTheWay>; WRITES],
     moving: bool,
     rest: Duration,
     resting_until: Option<Instant>,
@@ -77,9 +76,20 @@ pub(super) struct Mover {
     unreadable: Vec<(SegmentId, u64)>,
 }
 
-/// Whatever its age.
-#[cfg(feature = "crash-points")]
-const ANY: (u32, u64) = (0, u64::MAX);
+/// What is to go down.
+#[derive(Clone, Copy)]
+struct Order {
+    /// What was written so many seconds ago, 0: whatever its age.
+    idle_s: u32,
+    /// What was sealed with a lower number.
+    before: u64,
+    /// So many segments at most.
+    most: usize,
+    /// No more than memory is short of.
+    by_pressure: bool,
+}
+
+const BY_PRESSURE: Order = Order { idle_s: 0, before: u64::MAX, most: MOST_A_STEP, by_pressure: true };
 
 /// A claimed segment and where it goes.
 #[derive(Clone, Copy)]
@@ -97,8 +107,7 @@ impl Mover {
             tools,
             copier,
             likely: Vec::with_capacity(WRITES * 4 + 1),
-            on_the_way: Vec::with_capacity(WRITES),
-            transfers: Vec::with_capacity(WRITES),
+            on_the_way: [None; WRITES],
             moving: false,
             rest: REST,
             resting_until: None,
@@ -130,7 +139,7 @@ impl Mover {
         if !lower.claim() || self.resting_until.is_some_and(|until| Instant::now() < until) {
             return false;
         }
-        let mut wanted = demotion(&pressure(&shared, self.moving));
+        let wanted = demotion(&pressure(&shared, self.moving));
         if shared.draining() {
             shared.write_back.store(0, Ordering::Relaxed);
             // As much room as moving down would leave: draining is not to make others wait.
@@ -144,13 +153,16 @@ impl Mover {
         }
         let compacted = self.compact(&shared, lower);
         let by_hand = shared.write_back.load(Ordering::Acquire);
-        let mut idle_s = 0;
-        let mut before = u64::MAX;
-        if let (0, Some(age)) = (wanted, by_hand.checked_sub(1)) {
-            (wanted, idle_s) = (WRITES as u32, age as u32);
-            before = shared.write_back_before.load(Ordering::Relaxed);
-        }
-        if wanted > 0 && lower.free() > 0 && self.move_some(&shared, lower, wanted as usize, (idle_s, before)) {
+        let order = match by_hand.checked_sub(1) {
+            Some(age) if wanted == 0 => Some(Order {
+                idle_s: age as u32,
+                before: shared.write_back_before.load(Ordering::Relaxed),
+                by_pressure: false,
+                ..BY_PRESSURE
+            }),
+            _ => (wanted > 0).then_some(BY_PRESSURE),
+        };
+        if order.is_some_and(|order| lower.free() > 0 && self.move_some(&shared, lower, order)) {
             return true;
         }
         if by_hand != 0 {
@@ -164,7 +176,8 @@ impl Mover {
     #[cfg(feature = "crash-points")]
     pub fn move_now(&mut self) -> bool {
         let s = self.shared.clone();
-        s.lower.as_ref().is_some_and(|lower| lower.claim() && self.move_some(&s, lower, WRITES, ANY))
+        let order = Order { most: WRITES, by_pressure: false, ..BY_PRESSURE };
+        s.lower.as_ref().is_some_and(|lower| lower.claim() && self.move_some(&s, lower, order))
     }
 
     /// The same.
@@ -174,41 +187,74 @@ impl Mover {
         s.lower.as_ref().is_some_and(|lower| lower.claim() && self.bring_up(&s, lower, mostly_dead))
     }
 
-    /// Of what was written so many seconds ago, and sealed with a lower number than that. False: nothing could be
-    /// moved.
-    fn move_some(&mut self, s: &Shared, lower: &Lower, wanted: usize, old: (u32, u64)) -> bool {
-        self.choose(s, wanted.min(WRITES), old);
-        self.claim(s, lower);
-        if self.on_the_way.is_empty() {
-            return false;
-        }
-        lower.wait_for(|| self.tools.ring.write(&lower.backing, &self.tools.buffers, &mut self.transfers));
-        let (mut failed, mut moved) = (None, 0);
-        for i in 0..self.on_the_way.len() {
-            let way = self.on_the_way[i];
-            match &self.transfers[i].result {
-                Ok(()) => {
-                    s.segments.move_below(&s.arena, way.segment, way.extent);
-                    lower.counts.bytes_written.fetch_add(self.transfers[i].bytes as u64, Ordering::Relaxed);
-                    moved += 1;
-                }
+    /// False: nothing could be moved. While segments are written, the next ones are sealed.
+    fn move_some(&mut self, s: &Shared, lower: &Lower, order: Order) -> bool {
+        let (mut begun, mut moved, mut failed) = (0, 0, None);
+        self.likely.clear();
+        loop {
+            while failed.is_none() && begun < order.most && self.is_wanted(s, order) && self.begin(s, lower, order) {
+                begun += 1;
+            }
+            let Some(ended) = lower.wait_for(|| self.tools.writes.wait(&lower.backing)) else { break };
+            lower.took(ended.took);
+            match self.end(s, lower, ended) {
+                Ok(()) => moved += 1,
                 Err(e) => {
                     failed.get_or_insert_with(|| e.to_string());
-                    lower.give(way.extent);
-                    lower.counts.write_errors.fetch_add(1, Ordering::Relaxed);
                 }
             }
-            s.segments.end_cleaning(&s.arena, way.segment);
         }
-        lower.counts.segments_written.fetch_add(moved, Ordering::Relaxed);
-        s.epochs.wait(nap);
-        for (way, transfer) in self.on_the_way.drain(..).zip(self.transfers.drain(..)) {
-            if transfer.result.is_ok() {
-                s.arena.put_frame(way.frame);
-            }
+        if begun > 0 {
+            self.judge(lower, failed);
         }
-        self.judge(lower, failed);
         moved > 0
+    }
+
+    fn is_wanted(&self, s: &Shared, order: Order) -> bool {
+        // What is on its way leaves memory when it is there.
+        let on_the_way = self.on_the_way.iter().flatten().count();
+        !order.by_pressure || demotion(&pressure(s, true)) as usize > on_the_way
+    }
+
+    /// Claims the likeliest segment, takes an extent, and begins to write. False: there is none, or no buffer.
+    fn begin(&mut self, s: &Shared, lower: &Lower, order: Order) -> bool {
+        let Some((buffer, blocks)) = self.tools.writes.free() else { return false };
+        if self.likely.is_empty() {
+            choose(&mut self.likely, s, order);
+        }
+        while let Some((_, _, segment)) = self.likely.pop() {
+            let Some(open) = s.segments.begin_cleaning(&s.arena, segment) else { continue };
+            let sequence = s.segments.sealed_as(&s.arena, segment).expect("what is claimed was sealed");
+            let Some(extent) = lower.take() else {
+                s.segments.end_cleaning(&s.arena, segment);
+                return false;
+            };
+            let plain = s.arena.record_bytes(open.frame, 0, open.used);
+            let bytes = lower.seal.close(plain, sequence, blocks);
+            self.on_the_way[buffer] = Some(OnTheWay { segment, frame: open.frame, extent });
+            self.tools.writes.start(&lower.backing, buffer, bytes, lower.at(extent));
+            return true;
+        }
+        false
+    }
+
+    /// What was written lives there from here on; what was not stays where it is.
+    fn end(&mut self, s: &Shared, lower: &Lower, ended: EndedWrite) -> std::io::Result<()> {
+        let way = self.on_the_way[ended.buffer].take().expect("a segment is written from each buffer");
+        if ended.result.is_ok() {
+            s.segments.move_below(&s.arena, way.segment, way.extent);
+            lower.counts.bytes_written.fetch_add(ended.bytes as u64, Ordering::Relaxed);
+            lower.counts.segments_written.fetch_add(1, Ordering::Relaxed);
+        } else {
+            lower.give(way.extent);
+            lower.counts.write_errors.fetch_add(1, Ordering::Relaxed);
+        }
+        s.segments.end_cleaning(&s.arena, way.segment);
+        if ended.result.is_ok() {
+            s.epochs.wait(nap);
+            s.arena.put_frame(way.frame);
+        }
+        ended.result
     }
 
     /// Lets a tier that failed rest, and says so when it begins and when it is over.
@@ -228,59 +274,6 @@ impl Mover {
                 }
                 (self.rest, self.resting_until) = (REST, None);
             }
-        }
-    }
-
-    /// Lists the likeliest victims, the best first: those passed over for having been read come last.
-    fn choose(&mut self, s: &Shared, wanted: usize, (idle_s, before): (u32, u64)) {
-        self.likely.clear();
-        let now = s.clock_s.load(Ordering::Relaxed);
-        let is_meant = |id, age| {
-            (idle_s == 0 || now.saturating_sub(s.segments.past(&s.arena, id).0) >= idle_s)
-                && (before == u64::MAX || s.segments.next_sequence().saturating_sub(age) < before)
-        };
-        for id in (0..grow::known_segments(s)).map(SegmentId) {
-            let Some((live, _, age)) = s.segments.sealed(&s.arena, id) else { continue };
-            if live == 0 || !is_meant(id, age) {
-                continue;
-            }
-            let one = (s.segments.is_raw(&s.arena, id), age, id);
-            let at = self.likely.partition_point(|other| (other.0, other.1) >= (one.0, one.1));
-            if at < WRITES * 4 {
-                self.likely.insert(at, one);
-                self.likely.truncate(WRITES * 4);
-            }
-        }
-        // As many as are wanted of those that were not read; the others have had their chance now.
-        let mut unread = 0;
-        for i in 0..self.likely.len() {
-            if unread == wanted {
-                break;
-            }
-            if !s.segments.was_read(&s.arena, self.likely[i].2) {
-                self.likely.swap(unread, i);
-                unread += 1;
-            }
-        }
-        self.likely.truncate(wanted);
-    }
-
-    /// Claims what was chosen, takes extents and fills buffers.
-    fn claim(&mut self, s: &Shared, lower: &Lower) {
-        self.on_the_way.clear();
-        self.transfers.clear();
-        for (_, _, id) in self.likely.drain(..) {
-            let Some(open) = s.segments.begin_cleaning(&s.arena, id) else { continue };
-            let sequence = s.segments.sealed_as(&s.arena, id).expect("what is claimed was sealed");
-            let Some(extent) = lower.take() else {
-                s.segments.end_cleaning(&s.arena, id);
-                return;
-            };
-            let buffer = self.on_the_way.len();
-            let plain = s.arena.record_bytes(open.frame, 0, open.used);
-            let bytes = lower.seal.close(plain, sequence, &mut self.tools.buffers[buffer]);
-            self.transfers.push(Transfer { buffer, bytes, at: lower.at(extent), result: Ok(()) });
-            self.on_the_way.push(OnTheWay { segment: id, frame: open.frame, extent });
         }
     }
 
@@ -322,7 +315,8 @@ impl Mover {
     /// Copies what is live of an extent to memory, as old as it was unless told.
     fn bring_up_one(&mut self, s: &Shared, lower: &Lower, id: SegmentId, age_s: Option<u32>) -> bool {
         let Some(below) = s.segments.begin_cleaning_below(&s.arena, id) else { return false };
-        let blocks = &mut self.tools.buffers[0][..below.used.div_ceil(PAYLOAD) * BLOCK_BYTES];
+        let (_, buffer) = self.tools.writes.free().expect("nothing is being written");
+        let blocks = &mut buffer[..below.used.div_ceil(PAYLOAD) * BLOCK_BYTES];
         let read = lower.wait_for(|| lower.backing.read(blocks, lower.at(below.extent)));
         let plain = read.is_ok().then(|| lower.seal.open(blocks, 0, below.sequence)).flatten();
         let copied = plain.map(|plain| {
@@ -348,6 +342,41 @@ impl Mover {
         }
         false
     }
+}
+
+/// Lists the likeliest victims, the best last. Those that were read since they were last looked at are passed over,
+/// as far as there are others.
+fn choose(likely: &mut Vec<(bool, u64, SegmentId)>, s: &Shared, order: Order) {
+    let now = s.clock_s.load(Ordering::Relaxed);
+    let is_meant = |id, age| {
+        (order.idle_s == 0 || now.saturating_sub(s.segments.past(&s.arena, id).0) >= order.idle_s)
+            && (order.before == u64::MAX || s.segments.next_sequence().saturating_sub(age) < order.before)
+    };
+    for id in (0..grow::known_segments(s)).map(SegmentId) {
+        let Some((live, _, age)) = s.segments.sealed(&s.arena, id) else { continue };
+        if live == 0 || !is_meant(id, age) {
+            continue;
+        }
+        let one = (s.segments.is_raw(&s.arena, id), age, id);
+        let at = likely.partition_point(|other| (other.0, other.1) >= (one.0, one.1));
+        if at < WRITES * 4 {
+            likely.insert(at, one);
+            likely.truncate(WRITES * 4);
+        }
+    }
+    // As many as are written at once of those that were not read; the others have had their chance now.
+    let mut unread = 0;
+    for i in 0..likely.len() {
+        if unread == WRITES {
+            break;
+        }
+        if !s.segments.was_read(&s.arena, likely[i].2) {
+            likely.swap(unread, i);
+            unread += 1;
+        }
+    }
+    likely.truncate(WRITES);
+    likely.reverse();
 }
 
 fn pressure(s: &Shared, moving: bool) -> Pressure {

@@ -147,12 +147,17 @@ impl Lower {
         let since = Instant::now();
         self.waiting.store(true, Ordering::Relaxed);
         let done = body();
-        if since.elapsed() >= LONG_WAIT {
+        self.took(since.elapsed());
+        self.waiting.store(false, Ordering::Relaxed);
+        done
+    }
+
+    /// Notes how long something took that the mover asked of the disk.
+    pub fn took(&self, time: Duration) {
+        if time >= LONG_WAIT {
             let until = self.begun.elapsed() + SLOW_FOR;
             self.slow_until_ms.store(until.as_millis() as u64, Ordering::Relaxed);
         }
-        self.waiting.store(false, Ordering::Relaxed);
-        done
     }
 
     /// The disk has not answered the mover yet, or not for long: it is slow, which is not the same as full.

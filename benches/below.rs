@@ -1,0 +1,89 @@
+//! A file tier against the disk it lies on: how fast pages go down, and what a page costs that is read from there.
+//! `scripts/bench/below` runs it beside fio.
+//!
+//! Pages do not compress, so that each byte written is a byte on disk. Everything is past the page cache.
+
+use ghostswap::{Buffer, Store, StoreConfig};
+use std::fs::File;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+const PAGE: usize = 4096;
+const BYTES: u64 = 1 << 30;
+const READS: usize = 4000;
+
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    fn below(&mut self, end: u64) -> u64 {
+        self.next() % end
+    }
+}
+
+fn main() {
+    let dir = std::env::var_os("BELOW_DIR").unwrap_or_else(|| std::env::temp_dir().into());
+    let path = Path::new(&dir).join(format!("ghostswap-below-{}", std::process::id()));
+    let tiers = ["ram,limit=1536M".to_owned(), format!("file:{},size={}", path.display(), BYTES + (BYTES >> 3))];
+    let tiers = tiers.iter().map(|tier| tier.parse().expect("a good tier")).collect();
+    let store = Store::open(StoreConfig { tiers, ..StoreConfig::default() }).expect("the directory can hold the tier");
+    let volume = store.create_volume(BYTES).expect("there is no other");
+    let mut lane = volume.lane().expect("there is no other");
+    let mut random = Random(0x1234_5678_9abc_def1);
+    let mut data = vec![0u8; 1 << 20];
+    data.chunks_exact_mut(8).for_each(|word| word.copy_from_slice(&random.next().to_le_bytes()));
+    let written = || store.stats().disk.expect("there is a disk").written_bytes;
+    for at in (0..BYTES).step_by(data.len()) {
+        data[..8].copy_from_slice(&at.to_le_bytes());
+        lane.write(at, &data).expect("there is room");
+    }
+    let (before, since) = (written(), Instant::now());
+    assert_eq!(before, 0, "memory holds all of it");
+    store.write_back(0).expect("there is a disk");
+    // All but what is in open segments.
+    while written() < BYTES - (4 << 20) {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let rate = written() as f64 / since.elapsed().as_secs_f64() / f64::from(1 << 20);
+    println!("write-back: {rate:.0} MiB/s");
+    let mut options = File::options();
+    let bare = options.read(true).custom_flags(libc::O_DIRECT).open(&path).expect("the tier's file");
+    let blocks = BYTES / PAGE as u64;
+    let (mut block, mut page) = (Buffer::new(PAGE), vec![0; PAGE]);
+    let (mut bare_us, mut ours_us) = (Vec::new(), Vec::new());
+    let us = |since: Instant| since.elapsed().as_secs_f64() * 1e6;
+    for _ in 0..READS {
+        let at = (1 + random.below(blocks)) * PAGE as u64;
+        let since = Instant::now();
+        bare.read_exact_at(&mut block, at).expect("a block of the file");
+        bare_us.push(us(since));
+        let at = random.below((BYTES - (8 << 20)) / PAGE as u64) * PAGE as u64;
+        let fetches = store.stats().disk.expect("there is a disk").fetches;
+        let since = Instant::now();
+        lane.read(at, &mut page).expect("a page that was written");
+        let took = us(since);
+        if store.stats().disk.expect("there is a disk").fetches > fetches {
+            ours_us.push(took);
+        }
+    }
+    println!(
+        "read p50: bare {:.1} us, ours {:.1} us, {} reads",
+        median(&mut bare_us),
+        median(&mut ours_us),
+        ours_us.len()
+    );
+    drop((lane, volume, store));
+    std::fs::remove_file(path).expect("the tier's file");
+}
+
+fn median(of: &mut [f64]) -> f64 {
+    of.sort_by(f64::total_cmp);
+    of[of.len() / 2]
+}
