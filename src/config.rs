@@ -137,7 +137,7 @@ pub const MIN_LIMIT_BYTES: u64 = 4 << 20;
 /// Everything a store is opened with.
 #[derive(Clone, Debug)]
 pub struct StoreConfig {
-    /// Tiers, hottest first. Empty: one memory tier with its defaults.
+    /// Tiers, hottest first. Empty: `ram,limit=50%,codec=lz4` and `ram,codec=zstd:3,group=64K,idle=10m`.
     pub tiers: Vec<TierConfig>,
     /// Most lanes open at once. Default 16.
     pub max_lanes: usize,
@@ -169,9 +169,9 @@ pub(crate) struct Checked {
     pub segment_bytes_given: bool,
     pub hugetlb: bool,
     pub thread_start: Option<fn(&str)>,
-    /// Most pages that a record in the arena may hold: `group_pages`, or more by an earlier store.
+    /// Most pages that a record in the arena may hold when it is opened: `group_pages`, or more by an earlier store.
     pub group_pages_seen: usize,
-    /// Codecs of which the arena may hold records, a bit each, by this store and earlier ones.
+    /// Codecs of which the arena may hold records when it is opened, a bit each.
     pub codecs_seen: u64,
     /// Memory that may be held before pages are compressed again whatever their age.
     pub hot_bytes: u64,
@@ -194,6 +194,11 @@ pub(crate) struct Cold {
 const IDLE_S: u32 = 600;
 
 impl Checked {
+    /// Most pages that a record will ever hold.
+    pub fn most_group_pages(&self) -> usize {
+        self.group_pages_seen.max(self.cold.map_or(0, |cold| cold.group_pages))
+    }
+
     /// Fits the choices to an arena that is there already. Its segments keep their size; a limit
     /// may be lower than the one it was made for, a higher one ends where its frames do.
     pub fn fit(&mut self, segment_bytes: usize, capacity_bytes: u64) -> Result<()> {
@@ -216,7 +221,9 @@ impl StoreConfig {
     pub(crate) fn validate(&self, ram_bytes: u64) -> Result<Checked> {
         let bad = |why: String| Err(Error::InvalidConfig(why));
         let (ram, disk) = in_order(&self.tiers)?;
+        let by_default = RamTier { codec: CodecChoice::Zstd(3), group: 64 << 10, ..RamTier::default() };
         let (tier, second) = match ram.as_slice() {
+            [] if self.tiers.is_empty() => (RamTier::default(), Some(&by_default)),
             [] => (RamTier::default(), None),
             [one] => ((*one).clone(), None),
             [one, second] => ((*one).clone(), Some(*second)),
@@ -265,8 +272,8 @@ impl StoreConfig {
             segment_bytes_given: self.segment_bytes.is_some(),
             hugetlb: self.hugetlb,
             thread_start: self.thread_start,
-            group_pages_seen: tier.group.max(second.map_or(0, |t| t.group)) as usize / PAGE_BYTES,
-            codecs_seen: tier.codec.bit() | second.map_or(0, |t| t.codec.bit()),
+            group_pages_seen: tier.group as usize / PAGE_BYTES,
+            codecs_seen: tier.codec.bit(),
             hot_bytes,
             cold,
             below: disk.cloned(),
@@ -317,7 +324,13 @@ mod tests {
         assert_eq!((shared.limit_bytes, shared.hot_bytes), (100 << 20, 100 << 20));
         let own = check(&["ram,limit=100M", "ram,limit=50M,codec=zstd:3,group=64K,idle=5"]).unwrap();
         assert_eq!((own.limit_bytes, own.hot_bytes, own.cold.unwrap().idle_s), (150 << 20, 100 << 20, 5));
-        assert_eq!((own.group_pages, own.group_pages_seen), (1, 16));
+        assert_eq!((own.group_pages, own.group_pages_seen, own.most_group_pages()), (1, 1, 16));
+        let none = check(&[]).unwrap();
+        assert_eq!(
+            (none.limit_bytes, none.cold.map(|cold| (cold.group_pages, cold.idle_s))),
+            (512 << 20, Some((16, 600)))
+        );
+        assert!(check(&["ram"]).unwrap().cold.is_none() && check(&["file:/x,size=1G"]).unwrap().cold.is_none());
         assert!(check(&["ram", "ram"]).is_err(), "it would compress no better");
         assert!(check(&["ram,idle=5"]).is_err());
         assert!(check(&["ram", "ram,limit=60%,codec=zstd"]).is_err(), "more than there is");

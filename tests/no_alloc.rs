@@ -18,8 +18,9 @@ mod confined;
 mod ledger;
 
 use confined::{confine, faults, tid, CAUGHT};
-use ghostswap::{Error, Lane, Store, StoreConfig};
+use ghostswap::{create_arena, Error, Lane, Store, StoreConfig};
 use ledger::{fork, wait, End, Rng, PAGE};
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Once, RwLock};
 use std::time::{Duration, Instant};
@@ -167,6 +168,14 @@ fn work(plan: &Plan, corpus: &[u8]) -> ! {
     }
 }
 
+/// Lets the cleaner do as it likes.
+fn on_start_but_cleaner(name: &str) {
+    match name {
+        "cleaner" => LAST_CLEANER.store(tid(), Ordering::Release),
+        other => on_start(other),
+    }
+}
+
 /// Number of the thread of the cleaner that started last.
 static LAST_CLEANER: AtomicI32 = AtomicI32::new(0);
 
@@ -191,11 +200,11 @@ fn until(what: &str, mut is: impl FnMut() -> bool) {
 }
 
 /// A store, and the number of its cleaner's thread.
-fn open(config: StoreConfig) -> (Store, libc::pid_t) {
+fn open(config: StoreConfig, arena: OwnedFd) -> (Store, libc::pid_t) {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let _mine = ONE_AT_A_TIME.lock().unwrap();
     LAST_CLEANER.store(0, Ordering::Release);
-    let store = Store::open(config).unwrap();
+    let store = Store::open_arena(config, arena).unwrap();
     until("the cleaner starts", || LAST_CLEANER.load(Ordering::Acquire) != 0);
     (store, LAST_CLEANER.load(Ordering::Acquire))
 }
@@ -208,16 +217,9 @@ struct Bench {
 }
 
 impl Bench {
-    fn open(tier: &str) -> Bench {
-        let config = StoreConfig {
-            tiers: tier.split(" + ").map(|t| t.parse().unwrap()).collect(),
-            segment_bytes: Some(64 << 10),
-            max_lanes: WORKERS as usize,
-            thread_start: Some(on_start),
-            ..StoreConfig::default()
-        };
-        let (store, cleaner) = open(config);
-        let volume = store.create_volume(1 << 40).unwrap();
+    fn open(tier: &str, arena: OwnedFd, on_start: fn(&str)) -> Bench {
+        let (store, cleaner) = open(StoreConfig { thread_start: Some(on_start), ..config(tier) }, arena);
+        let volume = store.volumes().pop().unwrap_or_else(|| store.create_volume(1 << 40).unwrap());
         let corpus: Arc<Vec<u8>> = Arc::new(corpus());
         let (mut plans, mut threads) = (Vec::new(), Vec::new());
         for k in 0..WORKERS {
@@ -279,10 +281,23 @@ fn prepare() {
 /// it that they write to next costs them a fault.
 static FORK: RwLock<()> = RwLock::new(());
 
+fn config(tier: &str) -> StoreConfig {
+    StoreConfig {
+        tiers: tier.split(" + ").map(|t| t.parse().unwrap()).collect(),
+        segment_bytes: Some(64 << 10),
+        max_lanes: WORKERS as usize,
+        ..StoreConfig::default()
+    }
+}
+
 fn confined_store(tier: &str) {
+    confined_store_on(tier, create_arena(false).unwrap(), on_start);
+}
+
+fn confined_store_on(tier: &str, arena: OwnedFd, on_start: fn(&str)) {
     let _no_fork = FORK.read().unwrap();
     prepare();
-    let bench = Bench::open(tier);
+    let bench = Bench::open(tier, arena, on_start);
     bench.run(WARM_UP_OPS);
     let before = bench.faults();
     bench.run(OPS);
@@ -329,9 +344,24 @@ fn zstd_groups() {
     confined_store("ram,limit=14M,codec=zstd:3,group=64K");
 }
 
+const AGAIN: &str = "ram,limit=14M,codec=lz4 + ram,codec=zstd:3,group=64K,idle=0";
+
+/// Where some are already: the cleaner too is confined.
 #[test]
 fn pages_compressed_again() {
-    confined_store("ram,limit=14M,codec=lz4 + ram,codec=zstd:3,group=64K,idle=0");
+    let arena = create_arena(false).unwrap();
+    let store = Store::open_arena(config(AGAIN), arena.try_clone().unwrap()).unwrap();
+    let mut lane = store.create_volume(1 << 40).unwrap().lane().unwrap();
+    lane.write(0, &corpus()[..1 << 20]).unwrap();
+    until("pages are compressed again", || store.stats().recompressed_segments > 0);
+    drop((lane, store));
+    confined_store_on(AGAIN, arena, on_start);
+}
+
+/// Where the first are made meanwhile: by the cleaner, which makes what that takes; not by those who read them.
+#[test]
+fn the_first_pages_compressed_again() {
+    confined_store_on(AGAIN, create_arena(false).unwrap(), on_start_but_cleaner);
 }
 
 /// The lanes of which most pages lie on disk.

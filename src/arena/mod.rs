@@ -152,6 +152,10 @@ impl Arena {
     pub fn set_limit(&self, configured: u64, bytes: u64) {
         Superblock(&self.map).set_limit(configured, bytes);
     }
+    /// Notes what is about to be written: most pages to a record, codecs.
+    pub fn allow(&self, group_pages: usize, codecs: u64) {
+        Superblock(&self.map).allow(group_pages, codecs);
+    }
     pub fn key(&self) -> [u8; 32] {
         Superblock(&self.map).key()
     }

@@ -8,7 +8,7 @@
 use super::file::ArenaFile;
 use super::mapping::Mapping;
 use super::scan::PAGE_TABLE_BYTES;
-use super::superblock::Geometry;
+use super::superblock::{Geometry, Superblock};
 use super::Spare;
 use crate::error::Result;
 use std::os::fd::OwnedFd;
@@ -64,6 +64,12 @@ impl Waiting {
     /// Bytes of the segments of an arena that is one already.
     pub fn segment_bytes(&self) -> Option<usize> {
         Geometry::found(self.map.file()).ok().flatten().map(|g| g.segment_bytes)
+    }
+
+    /// What an arena that is one already may hold: most pages to a record, codecs.
+    pub fn seen(&self) -> Option<(usize, u64)> {
+        let MaybeMapped::Mapped(map) = &self.map else { return None };
+        Some(Superblock(map).allowed())
     }
 
     /// Makes page tables for what has become resident. Stops where the host has no memory to give

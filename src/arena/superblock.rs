@@ -162,6 +162,12 @@ impl<'a> Superblock<'a> {
         (group_pages.max(group as usize), codecs | before)
     }
 
+    /// The same, of what was allowed so far.
+    pub fn allowed(&self) -> (usize, u64) {
+        let word = |at| self.0.u64_at(at).load(Ordering::Acquire);
+        (word(GROUP_AT) as usize, word(CODECS_AT))
+    }
+
     pub fn grown_frames(&self) -> &'a AtomicU64 {
         self.0.u64_at(GROWN_FRAMES_AT)
     }

@@ -48,11 +48,14 @@ enum Compressor {
     Zstd(zstd::Zstd),
 }
 
+/// What decompresses payloads of zstd.
+pub(crate) struct Decoder(DCtx<'static>);
+
 /// Compression and decompression with all the memory they need, owned by one thread.
 pub(crate) struct Codec {
     compressor: Compressor,
     /// Only where zstd is in use: it is a hundred KiB.
-    dctx: Option<DCtx<'static>>,
+    decoder: Option<Decoder>,
 }
 
 impl Codec {
@@ -62,8 +65,8 @@ impl Codec {
             CodecChoice::Lz4 => Compressor::Lz4(lz4::Lz4::new()),
             CodecChoice::Zstd(level) => Compressor::Zstd(zstd::Zstd::new(level)),
         };
-        let dctx = ((seen | choice.bit()) >> ZSTD & 1 == 1).then(DCtx::create);
-        let mut codec = Codec { compressor, dctx };
+        let decoder = ((seen | choice.bit()) >> ZSTD & 1 == 1).then(|| Decoder(DCtx::create()));
+        let mut codec = Codec { compressor, decoder };
         // A model makes thousands of these, and waits for no page fault.
         if cfg!(not(loom)) {
             codec.warm_up();
@@ -83,6 +86,29 @@ impl Codec {
         }
     }
 
+    /// Another decoder for what this one compresses, which has gone through a group as large as that once. None:
+    /// none is needed.
+    pub fn decoder(&mut self, group: &mut [u8]) -> Option<Decoder> {
+        let Compressor::Zstd(_) = &self.compressor else { return None };
+        let mut decoder = Decoder(DCtx::create());
+        group.iter_mut().enumerate().for_each(|(i, b)| *b = (i * i / 64) as u8);
+        let mut packed = vec![0; group.len()];
+        if let Some((_, n)) = self.compress(group, &mut packed) {
+            assert_eq!(decoder.0.decompress(group, &packed[..n]), Ok(group.len()), "what was compressed decompresses");
+        }
+        Some(decoder)
+    }
+
+    /// Decodes with another decoder from here on.
+    pub fn exchange(&mut self, decoder: &mut Option<Decoder>) {
+        std::mem::swap(&mut self.decoder, decoder);
+    }
+
+    /// Whether it can decode payloads of that codec.
+    pub fn knows(&self, codec: u8) -> bool {
+        codec != ZSTD || self.decoder.is_some()
+    }
+
     /// Codec and length of the payload, or None if it does not fit `dst`.
     pub fn compress(&mut self, src: &[u8], dst: &mut [u8]) -> Option<(u8, usize)> {
         match &mut self.compressor {
@@ -96,7 +122,7 @@ impl Codec {
         match codec {
             RAW if payload.len() == dst.len() => dst.copy_from_slice(payload),
             LZ4 => return lz4::decompress(payload, dst),
-            ZSTD => return self.dctx.as_mut().is_some_and(|d| d.decompress(dst, payload) == Ok(dst.len())),
+            ZSTD => return self.decoder.as_mut().is_some_and(|d| d.0.decompress(dst, payload) == Ok(dst.len())),
             FILL => match payload.try_into() {
                 Ok(pattern) => fill(u64::from_le_bytes(pattern), dst),
                 Err(_) => return false,

@@ -3,8 +3,8 @@
 
 use super::Shared;
 use crate::arena::Arena;
-use crate::codec::{self, most_payload, Codec};
-use crate::config::{Checked, CodecChoice};
+use crate::codec::{self, most_payload, Codec, Decoder};
+use crate::config::Checked;
 use crate::log::record::{Header, GROUP_HEADER, MAX_GROUP, SINGLE_HEADER};
 use crate::log::segment::{Kind, Open};
 use crate::map::{Slot, Stored};
@@ -71,15 +71,25 @@ pub(super) struct Appender {
 
 impl Appender {
     pub fn new(shared: &Shared, keep: u32) -> Appender {
-        let scratch = vec![0xa5; shared.config.group_pages_seen.max(1) * PAGE_BYTES].into_boxed_slice();
-        let codec = Codec::new(shared.config.codec, shared.config.codecs_seen);
-        Appender { codec, open: [None; 2], scratch, keep, cold: false, age_s: None }
+        Appender::with(shared, Codec::new(shared.config.codec, shared.seen().codecs), keep)
     }
 
     /// One that compresses pages again, by `codec`. It leaves to the cleaner what that needs.
-    pub fn cold(shared: &Shared, codec: CodecChoice) -> Appender {
-        let codec = Codec::new(codec, shared.config.codecs_seen);
-        Appender { codec, cold: true, ..Appender::new(shared, KEEP_FOR_CLEANER) }
+    pub fn cold(shared: &Shared, codec: Codec) -> Appender {
+        Appender { cold: true, ..Appender::with(shared, codec, KEEP_FOR_CLEANER) }
+    }
+
+    fn with(shared: &Shared, codec: Codec, keep: u32) -> Appender {
+        let scratch = vec![0xa5; shared.seen().group_pages * PAGE_BYTES].into_boxed_slice();
+        Appender { codec, open: [None; 2], scratch, keep, cold: false, age_s: None }
+    }
+
+    /// For records that may be longer from here on, or of another codec. Its scratch is exchanged for a longer one.
+    pub fn exchange(&mut self, decoder: &mut Option<Decoder>, scratch: &mut Box<[u8]>) {
+        self.codec.exchange(decoder);
+        if scratch.len() > self.scratch.len() {
+            std::mem::swap(&mut self.scratch, scratch);
+        }
     }
 
     fn seal(&self, s: &Shared, open: Open) -> bool {

@@ -4,9 +4,10 @@
 //! it free. It is reused after a grace period.
 
 use super::append::Appender;
-use super::recompress::Recompressor;
+use super::recompress::{due, Recompressor};
 use super::survivors::Copier;
 use super::{grow, Shared};
+use crate::arena::Spare;
 use crate::log::policy::{cleaning, gain, worth, Candidate, Cleaning};
 use crate::log::record::most_total;
 use crate::log::segment::Open;
@@ -26,14 +27,20 @@ pub(super) struct Cleaner {
     shared: Arc<Shared>,
     copier: Copier,
     victims: Vec<(f64, SegmentId)>,
+    /// Made at once where there is something cold, otherwise when something is due for it; and not before the host
+    /// can spare the memory.
     recompressor: Option<Recompressor>,
+    spare: Spare,
 }
 
 impl Cleaner {
-    pub fn new(shared: Arc<Shared>) -> Cleaner {
-        let recompressor = shared.config.cold.map(|cold| Recompressor::new(&shared, cold));
+    pub fn new(shared: Arc<Shared>, spare: Spare) -> Cleaner {
         let copier = Copier::new(&shared, Appender::new(&shared, 0), shared.cleaner_epoch());
-        Cleaner { copier, victims: Vec::with_capacity(BATCH + 1), recompressor, shared }
+        let mut cleaner = Cleaner { copier, victims: Vec::with_capacity(BATCH + 1), recompressor: None, spare, shared };
+        if cleaner.shared.has_cold() {
+            cleaner.recompressor();
+        }
+        cleaner
     }
 
     pub fn run(&mut self) {
@@ -57,12 +64,28 @@ impl Cleaner {
         }
         let cleaned = how != Cleaning::Rest && shared.cleaned.load(Ordering::Relaxed) != before;
         // Making room comes first.
-        let more = match &mut self.recompressor {
-            Some(recompressor) if how != Cleaning::Urgent || !cleaned => recompressor.step(&shared),
-            _ => false,
-        };
+        let more = (how != Cleaning::Urgent || !cleaned) && self.compress_again();
         self.release();
         cleaned || more
+    }
+
+    /// Compresses a segment again, if one is due. True: and there is more to do at once.
+    fn compress_again(&mut self) -> bool {
+        let shared = self.shared.clone();
+        let Some(due) = shared.config.cold.and_then(|cold| due(&shared, cold)) else { return false };
+        self.recompressor().is_some_and(|recompressor| recompressor.step(&shared, due))
+    }
+
+    /// None: there is no tier for that, or no memory at this moment.
+    fn recompressor(&mut self) -> Option<&mut Recompressor> {
+        let shared = &self.shared;
+        if let (None, Some(cold)) = (&self.recompressor, shared.config.cold) {
+            if self.spare.bytes() >= shared.cost_of_cold() {
+                self.recompressor = Some(Recompressor::new(shared, cold));
+                self.copier.equip(shared);
+            }
+        }
+        self.recompressor.as_mut()
     }
 
     /// Seals what survivors went to: nothing more comes.
@@ -115,7 +138,7 @@ impl Cleaner {
         let (mut sealed, mut dead) = (0u64, 0u64);
         for id in (0..grow::known_segments(s)).map(SegmentId) {
             let Some((live, used, age)) = s.segments.sealed(&s.arena, id) else { continue };
-            let pages = if s.segments.is_raw(&s.arena, id) { 1 } else { s.config.group_pages_seen };
+            let pages = if s.segments.is_raw(&s.arena, id) { 1 } else { s.seen().group_pages };
             let candidate = Candidate { live, used, record: most_total(pages) as u32, age };
             sealed += u64::from(capacity);
             dead += u64::from(gain(&candidate, capacity));
@@ -138,6 +161,9 @@ impl Cleaner {
             let shared = self.shared.clone();
             let Some(victim) = shared.segments.begin_cleaning(&shared.arena, id) else { continue };
             let (age_s, cold) = shared.segments.past(&shared.arena, id);
+            if cold {
+                self.recompressor();
+            }
             let room = match &mut self.recompressor {
                 // What is cold stays so: its survivors go to its own stream.
                 Some(own) if cold => {

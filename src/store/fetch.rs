@@ -98,7 +98,7 @@ impl Lane {
     /// Room that a fetch may need, aligned to 4096. 0: there is no disk tier.
     pub fn fetch_bytes(&self) -> usize {
         let s = self.store.shared();
-        s.lower.as_ref().map_or(0, |_| most_bytes(s.config.group_pages_seen))
+        s.lower.as_ref().map_or(0, |_| most_bytes(s.config.most_group_pages()))
     }
 
     /// Takes pages out of what was fetched: the first bytes of the rest of a request, `offset` being what
@@ -194,7 +194,7 @@ impl Lane {
         let lower = s.lower.as_ref().ok_or_else(corrupt)?;
         let below = s.segments.below(&s.arena, at.segment).ok_or_else(corrupt)?;
         // A group's share does not tell how many share; a page alone costs what its record takes.
-        let group_pages = if below.cold { s.config.group_pages_seen } else { s.config.group_pages };
+        let group_pages = if below.cold { s.config.most_group_pages() } else { s.config.group_pages };
         let likely = if group_pages > 1 { (at.share as usize + 1) * group_pages } else { at.share as usize };
         let first_block = at.offset as usize / PAYLOAD;
         let mut fetch = Fetch {
@@ -207,7 +207,7 @@ impl Lane {
             below,
             first_block,
         };
-        let most = most_bytes(s.config.group_pages_seen);
+        let most = most_bytes(s.config.most_group_pages());
         let end = at.offset as usize + likely.max(GROUP_HEADER);
         fetch.reach(end.min(below.used).min((first_block + most / BLOCK_BYTES) * PAYLOAD), most);
         Ok(fetch)
@@ -220,7 +220,7 @@ impl Lane {
             let Kind::Stored(at) = crate::map::load(&s.map, &s.arena, self.volume, PageNo(page)).kind() else { return };
             let behind = at.segment == fetch.stored.segment && at.offset >= fetch.stored.offset;
             let end = (at.offset + at.share).min(fetch.below.used as u32) as usize;
-            if !behind || !fetch.reach(end, most_bytes(s.config.group_pages_seen)) {
+            if !behind || !fetch.reach(end, most_bytes(s.config.most_group_pages())) {
                 return;
             }
         }

@@ -51,8 +51,9 @@ impl Lane {
         let index = store.take_lane()?;
         let s = store.shared();
         let appender = Appender::new(s, kept_by_lanes(&s.config));
-        let group = vec![0xa5; if s.config.group_pages_seen > 1 { s.config.group_pages_seen * PAGE_BYTES } else { 0 }];
-        let blocks = s.lower.as_ref().map(|_| Buffer::new(most_bytes(s.config.group_pages_seen)));
+        let seen = s.seen().group_pages;
+        let group = vec![0xa5; if seen > 1 { seen * PAGE_BYTES } else { 0 }];
+        let blocks = s.lower.as_ref().map(|_| Buffer::new(most_bytes(s.config.most_group_pages())));
         Ok(Lane { volume, index, appender, group: group.into(), group_of: None, spent: false, blocks, store })
     }
 
@@ -334,6 +335,11 @@ impl Lane {
             return Err(corrupt());
         }
         let payload = &record[header.bytes()..];
+        if !self.appender.codec.knows(header.codec) || header.pages > 1 && header.pages * PAGE_BYTES > self.group.len()
+        {
+            let s = self.store.shared().clone();
+            s.unpacking.take(self.index, &mut self.appender, &mut self.group);
+        }
         if header.pages == 1 {
             return if self.appender.codec.decompress(header.codec, payload, out) { Ok(()) } else { Err(corrupt()) };
         }

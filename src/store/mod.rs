@@ -17,6 +17,7 @@ mod append;
 mod audit;
 mod charge;
 mod clean;
+mod cold;
 mod demote;
 mod fetch;
 mod grow;
@@ -53,6 +54,7 @@ use crate::stats::Stats;
 use crate::tier::{extents_in, Lower};
 use crate::volume::Volume;
 use charge::Charges;
+use cold::Unpacking;
 use recover::Found;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering};
@@ -84,6 +86,7 @@ pub(crate) struct Shared {
     /// The disk tier.
     pub lower: Option<Lower>,
     pub epochs: Epochs,
+    pub unpacking: Unpacking,
     /// One for each lane, and the last for what was there when the store was opened.
     pub counters: Box<[Counters]>,
     pub charges: Charges,
@@ -134,6 +137,7 @@ impl Shared {
             lower,
             // The lanes', the cleaner's, the mover's.
             epochs: Epochs::new(config.max_lanes + 2),
+            unpacking: Unpacking::new(&config),
             counters,
             charges: Charges::new(&found.held_bytes),
             stop: AtomicBool::new(false),

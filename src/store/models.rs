@@ -12,7 +12,7 @@
 use super::clean::Cleaner;
 use super::recover::{Found, Pages};
 use super::{Lane, Owner, Shared, Store};
-use crate::arena::{Arena, Resident};
+use crate::arena::{Arena, Resident, Spare};
 use crate::config::{Checked, CodecChoice};
 use crate::log::segment::Segments;
 use crate::map::Map;
@@ -115,7 +115,7 @@ fn join(threads: Vec<thread::JoinHandle<()>>) {
 fn with_victim() -> (Store, Lane, Lane, Cleaner) {
     let store = store();
     let (mut writer, other) = (lane(&store), lane(&store));
-    let cleaner = Cleaner::new(store.shared().clone());
+    let cleaner = Cleaner::new(store.shared().clone(), Spare::new());
     (0..3).for_each(|page| put(&mut writer, page, 1));
     put(&mut writer, 0, 2);
     (store, writer, other, cleaner)
@@ -183,7 +183,7 @@ fn a_page_is_read_while_it_is_written() {
     model(None, || {
         let store = store();
         let (mut writer, mut reader) = (lane(&store), lane(&store));
-        let cleaner = Cleaner::new(store.shared().clone());
+        let cleaner = Cleaner::new(store.shared().clone(), Spare::new());
         put(&mut writer, 0, 1);
         let threads = vec![thread::spawn(move || {
             let (first, then) = (get(&mut reader, 1), get(&mut reader, 1));
@@ -218,7 +218,7 @@ fn discarded_whole_while_written(page: u64) {
     model(Some(4), move || {
         let store = store();
         let (mut writer, mut dropper) = (lane(&store), lane(&store));
-        let cleaner = Cleaner::new(store.shared().clone());
+        let cleaner = Cleaner::new(store.shared().clone(), Spare::new());
         put(&mut writer, 2, 1);
         let threads = vec![
             thread::spawn(move || {
@@ -254,7 +254,7 @@ fn a_leaf_is_discarded_whole_while_another_half_freezes_it() {
     model(Some(4), || {
         let store = store();
         let mut writer = lane(&store);
-        let cleaner = Cleaner::new(store.shared().clone());
+        let cleaner = Cleaner::new(store.shared().clone(), Spare::new());
         let shared = store.shared().clone();
         shared.map.leaf_for_write(&shared.arena, VolumeId(0), 0).expect("there is room");
         let threads = vec![thread::spawn(move || {
@@ -278,7 +278,7 @@ fn a_leaf_is_emptied_while_it_is_written() {
     model(Some(5), || {
         let store = store();
         let (mut writer, mut dropper) = (lane(&store), lane(&store));
-        let cleaner = Cleaner::new(store.shared().clone());
+        let cleaner = Cleaner::new(store.shared().clone(), Spare::new());
         put(&mut writer, 1, 1);
         let threads = vec![
             thread::spawn(move || {
@@ -301,7 +301,7 @@ fn emptied_by_two(pages: [u64; 2]) {
     model(Some(4), move || {
         let store = store();
         let mut lanes = [lane(&store), lane(&store)];
-        let cleaner = Cleaner::new(store.shared().clone());
+        let cleaner = Cleaner::new(store.shared().clone(), Spare::new());
         // Each into a segment of its own: they are to have nothing else in common.
         lanes.iter_mut().zip(pages).for_each(|(lane, page)| put(lane, page, 1));
         let threads = lanes.into_iter().zip(pages).map(|(mut lane, page)| {
@@ -333,7 +333,7 @@ fn a_leaf_is_emptied_while_another_half_freezes_it() {
     model(Some(4), || {
         let store = store();
         let (mut writer, mut dropper) = (lane(&store), lane(&store));
-        let cleaner = Cleaner::new(store.shared().clone());
+        let cleaner = Cleaner::new(store.shared().clone(), Spare::new());
         put(&mut dropper, 0, 1);
         let threads = vec![
             thread::spawn(move || {
@@ -358,7 +358,7 @@ fn a_leaf_is_reused_while_it_is_read() {
     model(Some(4), || {
         let store = store();
         let (mut reader, mut writer) = (lane(&store), lane(&store));
-        let mut cleaner = Cleaner::new(store.shared().clone());
+        let mut cleaner = Cleaner::new(store.shared().clone(), Spare::new());
         put(&mut writer, 0, 1);
         put(&mut writer, 1, 1);
         let threads = vec![thread::spawn(move || {
@@ -382,7 +382,7 @@ fn a_segment_dies_while_it_is_sealed() {
     model(Some(4), || {
         let store = store();
         let (mut closer, mut writer) = (lane(&store), lane(&store));
-        let mut cleaner = Cleaner::new(store.shared().clone());
+        let mut cleaner = Cleaner::new(store.shared().clone(), Spare::new());
         put(&mut closer, 0, 1);
         let threads = vec![thread::spawn(move || drop(closer))];
         discard(&mut writer, 0, 1);
@@ -400,7 +400,7 @@ fn metadata_is_given_back_while_it_is_taken() {
     model(Some(4), || {
         let store = store();
         let mut writer = lane(&store);
-        let cleaner = Cleaner::new(store.shared().clone());
+        let cleaner = Cleaner::new(store.shared().clone(), Spare::new());
         let shared = store.shared().clone();
         let threads = vec![thread::spawn(move || {
             put(&mut writer, 0, 1);

@@ -14,7 +14,7 @@ use super::append::{Appender, Outcome};
 use super::survivors::{relocate, word_of};
 use super::tiers::hot_limit;
 use super::Shared;
-use crate::codec::{FILL, RAW};
+use crate::codec::{Codec, FILL, RAW};
 use crate::config::Cold;
 use crate::log::policy::{recompression, Heat, Recompression};
 use crate::log::record::{Header, MAX_GROUP};
@@ -44,6 +44,52 @@ impl Live {
     }
 }
 
+/// What is to be compressed again now: the oldest segment that is sealed and not cold.
+pub(super) struct Due {
+    segment: SegmentId,
+    /// And there is more to do at once.
+    more: bool,
+}
+
+pub(super) fn due(s: &Shared, cold: Cold) -> Option<Due> {
+    let all = s.recompress_all.load(Ordering::Relaxed);
+    let found = look(s, cold);
+    if found.is_none() {
+        s.recompress_all.store(false, Ordering::Relaxed);
+    }
+    let (segment, heat) = found?;
+    let how = if all { Recompression::Fully } else { recompression(&heat) };
+    (how != Recompression::Rest).then_some(Due { segment, more: how == Recompression::Fully })
+}
+
+/// The oldest, and what the policy is to know.
+fn look(s: &Shared, cold: Cold) -> Option<(SegmentId, Heat)> {
+    let (mut oldest, mut count) = (None, 0u64);
+    for id in (0..super::grow::known_segments(s)).map(SegmentId) {
+        let Some((_, _, age)) = s.segments.sealed(&s.arena, id) else { continue };
+        let (written, cold) = s.segments.past(&s.arena, id);
+        if cold {
+            continue;
+        }
+        count += 1;
+        // Of those of one second the one that was sealed first.
+        let key = (written, std::cmp::Reverse(age));
+        if oldest.is_none_or(|(least, _)| key < least) {
+            oldest = Some((key, id));
+        }
+    }
+    let ((written, _), id) = oldest?;
+    let heat = Heat {
+        hot_bytes: count * s.arena.segment_bytes() as u64,
+        hot_limit: hot_limit(s),
+        held_bytes: s.held_bytes(),
+        limit_bytes: s.limit_bytes(),
+        oldest_s: s.clock_s.load(Ordering::Relaxed).saturating_sub(written),
+        idle_s: cold.idle_s,
+    };
+    Some((id, heat))
+}
+
 pub(super) struct Recompressor {
     pub appender: Appender,
     cold: Cold,
@@ -55,63 +101,28 @@ pub(super) struct Recompressor {
 }
 
 impl Recompressor {
+    /// Makes it, and what reading takes that is compressed again.
     pub fn new(shared: &Shared, cold: Cold) -> Recompressor {
+        let mut codec = Codec::new(cold.codec, shared.seen().codecs);
+        shared.begin_cold(cold, &mut codec);
         let room = |pages: usize| vec![0xa5; pages * PAGE_BYTES].into_boxed_slice();
         // Every page of it touched now.
         let nothing = Stored { segment: SegmentId(1), offset: 1, index: 1, share: 1 };
         let mut batch = vec![Live { at: 1, word: Slot(1), stored: nothing }; BATCH];
         batch.clear();
         Recompressor {
-            appender: Appender::cold(shared, cold.codec),
+            appender: Appender::cold(shared, codec),
             cold,
             batch,
             plain: room(cold.group_pages),
-            group: room(shared.config.group_pages_seen),
+            group: room(shared.seen().group_pages),
             group_at: None,
         }
     }
 
-    /// Compresses one segment again, if one is due. True: and there is more to do at once.
-    pub fn step(&mut self, s: &Shared) -> bool {
-        let all = s.recompress_all.load(Ordering::Relaxed);
-        let Some((oldest, heat)) = self.look(s) else {
-            s.recompress_all.store(false, Ordering::Relaxed);
-            return false;
-        };
-        let how = if all { Recompression::Fully } else { recompression(&heat) };
-        if how == Recompression::Rest {
-            return false;
-        }
-        let done = self.segment(s, oldest);
-        done && how == Recompression::Fully
-    }
-
-    /// The oldest segment that is sealed and not cold, and what the policy is to know.
-    fn look(&self, s: &Shared) -> Option<(SegmentId, Heat)> {
-        let (mut oldest, mut count) = (None, 0u64);
-        for id in (0..super::grow::known_segments(s)).map(SegmentId) {
-            let Some((_, _, age)) = s.segments.sealed(&s.arena, id) else { continue };
-            let (written, cold) = s.segments.past(&s.arena, id);
-            if cold {
-                continue;
-            }
-            count += 1;
-            // Of those of one second the one that was sealed first.
-            let key = (written, std::cmp::Reverse(age));
-            if oldest.is_none_or(|(least, _)| key < least) {
-                oldest = Some((key, id));
-            }
-        }
-        let ((written, _), id) = oldest?;
-        let heat = Heat {
-            hot_bytes: count * s.arena.segment_bytes() as u64,
-            hot_limit: hot_limit(s),
-            held_bytes: s.held_bytes(),
-            limit_bytes: s.limit_bytes(),
-            oldest_s: s.clock_s.load(Ordering::Relaxed).saturating_sub(written),
-            idle_s: self.cold.idle_s,
-        };
-        Some((id, heat))
+    /// Compresses one segment again. True: and there is more to do at once.
+    pub fn step(&mut self, s: &Shared, due: Due) -> bool {
+        self.segment(s, due.segment) && due.more
     }
 
     /// False: no room, or somebody was faster. What was not moved stays.

@@ -14,12 +14,15 @@ use crate::codec::Codec;
 use crate::config::{Checked, StoreConfig};
 use crate::error::{system, Result};
 use crate::io::Backing;
+use crate::page::PAGE_BYTES;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{JoinHandle, Thread};
 
 /// Stack of a background thread: a front end makes all of it resident, so no more than needed.
 const STACK_BYTES: usize = 128 << 10;
+/// What rehearsing anew may take.
+const REHEARSAL_COST: u64 = 4 << 20;
 
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -41,6 +44,7 @@ impl Standby {
         let waiting = Waiting::new(arena)?;
         let backing = config.below.as_ref().map(Backing::open).transpose()?;
         config.below_bytes = backing.as_ref().map_or(0, Backing::bytes);
+        (config.group_pages_seen, config.codecs_seen) = with(&config, waiting.seen());
         rehearse(&config);
         let with_tools = |backing| {
             // Of an arena that is there already the segments may have another size than is asked for.
@@ -59,13 +63,19 @@ impl Standby {
 
     /// Follows the growth of the arena. To be called a few times a second; waits for nothing.
     pub fn keep_up(&mut self) -> Result<()> {
+        // Pages are compressed again by now: reading them takes more.
+        let seen = with(&self.config, self.waiting.seen());
+        if seen != (self.config.group_pages_seen, self.config.codecs_seen) && self.spare.bytes() > REHEARSAL_COST {
+            (self.config.group_pages_seen, self.config.codecs_seen) = seen;
+            rehearse(&self.config);
+        }
         self.waiting.keep_up(&mut self.spare)
     }
 
     /// What [`crate::Lane::fetch_bytes`] will say, unless the arena holds larger groups than this
     /// configuration makes. 0: there is no disk tier.
     pub fn fetch_bytes(&self) -> usize {
-        self.below.as_ref().map_or(0, |_| most_bytes(self.config.group_pages_seen))
+        self.below.as_ref().map_or(0, |_| most_bytes(self.config.most_group_pages()))
     }
 
     /// Opens the store; see [`Store::open_arena`].
@@ -77,7 +87,7 @@ impl Standby {
             // is left of its own, and its pages may be waited for: growth must not delay them.
             growth.step()?;
         }
-        let mut cleaner = clean::Cleaner::new(shared.clone());
+        let mut cleaner = clean::Cleaner::new(shared.clone(), self.spare);
         // Set once, here.
         let _ = shared.growth.set(self.growth.thread());
         let _ = shared.cleaner.set(self.cleaner.thread());
@@ -91,11 +101,23 @@ impl Standby {
     }
 }
 
+/// What the configuration allows, and the arena holds.
+fn with(config: &Checked, seen: Option<(usize, u64)>) -> (usize, u64) {
+    let (group_pages, codecs) = seen.unwrap_or_default();
+    (config.group_pages_seen.max(group_pages), config.codecs_seen | codecs)
+}
+
 /// Takes from the allocator what opening will take, and gives it back: it stays in the heap.
 fn rehearse(config: &Checked) {
+    // Of each lane and of those who clean, compress again and move: what a record is made in, and what a group is
+    // decoded to.
+    let room = vec![0xa5u8; (2 * config.max_lanes + 7) * config.group_pages_seen * PAGE_BYTES];
+    // There are such pages: the one who makes them is made at once.
+    let again = config.cold.filter(|cold| config.codecs_seen & cold.codec.bit() != 0);
+    let again = again.map(|cold| Codec::new(cold.codec, config.codecs_seen));
     let lists = vec![0xa5u8; heap_bytes(Arena::wanted(config))];
     let codecs: Vec<Codec> = (0..=config.max_lanes).map(|_| Codec::new(config.codec, config.codecs_seen)).collect();
-    drop(std::hint::black_box((lists, codecs)));
+    drop(std::hint::black_box((lists, room, again, codecs)));
 }
 
 /// A background thread that was started and has nothing to do yet. It waits for its job at a

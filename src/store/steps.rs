@@ -3,7 +3,7 @@
 
 use super::demote::{Mover, Tools};
 use super::{build, clean::Cleaner, grow::Growth, Owner, Store};
-use crate::arena::{host_memory, Waiting};
+use crate::arena::{host_memory, Spare, Waiting};
 use crate::config::StoreConfig;
 use crate::error::Result;
 use crate::io::Backing;
@@ -24,7 +24,7 @@ impl Steps {
         let backing = config.below.as_ref().map(Backing::open).transpose()?;
         config.below_bytes = backing.as_ref().map_or(0, Backing::bytes);
         let (shared, growth, _) = build(config, Waiting::new(arena)?, backing)?;
-        let cleaner = Cleaner::new(shared.clone());
+        let cleaner = Cleaner::new(shared.clone(), Spare::new());
         let tools = shared.lower.is_some().then(|| Tools::new(shared.arena.segment_bytes())).transpose()?;
         let mover = tools.map(|tools| Mover::new(shared.clone(), tools));
         Ok((Store { owner: Arc::new(Owner { shared, threads: Vec::new() }) }, Steps { growth, cleaner, mover }))

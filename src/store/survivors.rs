@@ -23,8 +23,13 @@ pub(super) struct Copier {
 impl Copier {
     /// `epoch`: that of the thread.
     pub fn new(shared: &Shared, appender: Appender, epoch: usize) -> Copier {
-        let plain = vec![0xa5; shared.config.group_pages_seen * PAGE_BYTES].into_boxed_slice();
+        let plain = vec![0xa5; shared.seen().group_pages * PAGE_BYTES].into_boxed_slice();
         Copier { appender, plain, epoch }
+    }
+
+    /// For records of another codec and of more pages.
+    pub fn equip(&mut self, s: &Shared) {
+        s.unpacking.take(self.epoch, &mut self.appender, &mut self.plain);
     }
 
     /// Copies the live records of a victim whose first `used` bytes `record` gives. False: no room for
@@ -69,6 +74,9 @@ impl Copier {
         }
         // A group of which some pages died: the rest is compressed anew.
         let whole = header.pages * PAGE_BYTES;
+        if whole > self.plain.len() {
+            self.equip(s);
+        }
         let mut plain = std::mem::take(&mut self.plain);
         let sound = self.appender.codec.decompress(header.codec, &record[header.bytes()..], &mut plain[..whole]);
         assert!(sound, "a record in memory decodes: segment {} offset {offset}", victim.0);

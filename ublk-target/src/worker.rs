@@ -12,7 +12,7 @@
 
 use crate::board::Shared;
 use crate::claim::Claim;
-use crate::cli::{self, Add, DEFAULT_TIER};
+use crate::cli::{self, Add};
 use crate::control::{Answer, Request, TierChange};
 use crate::handover::HANDOVER_VERSION;
 use crate::heir::Guard;
@@ -138,12 +138,8 @@ impl<'a> Ready<'a> {
         feed: Option<Arc<Feed>>,
         id: Option<u32>,
     ) -> Result<Ready<'a>> {
-        let mut tiers = add.tiers.clone();
-        if tiers.is_empty() {
-            tiers.push(DEFAULT_TIER.parse().map_err(|e: String| anyhow!(e))?);
-        }
         let config = StoreConfig {
-            tiers,
+            tiers: add.tiers.clone(),
             max_lanes: usize::from(add.queues),
             thread_start: Some(protect::store_thread),
             ..StoreConfig::default()

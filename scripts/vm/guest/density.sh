@@ -9,7 +9,8 @@ bytes=$(($(stat -c %s "$image") * copies))
 pages=$((bytes / 4096))
 free() { awk '/^MemFree/ {print $2 * 1024}' /proc/meminfo; }
 # Microseconds that the CPUs were at work.
-work() { awk -v hz="$(getconf CLK_TCK)" '/^cpu / {printf "%d", ($2 + $3 + $4 + $7 + $8) * 1000000 / hz}' /proc/stat; }
+# (Times in /proc/stat are in hundredths of a second everywhere.)
+work() { awk '/^cpu / {printf "%d", ($2 + $3 + $4 + $7 + $8) * 10000}' /proc/stat; }
 fill() {
     n=0
     while [ $n -lt "$copies" ]; do
