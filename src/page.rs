@@ -31,6 +31,34 @@ impl PageNo {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct VolumeId(pub u16);
 
+/// On which tiers a volume's pages may lie. It holds for what is written from then on.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub enum Placement {
+    /// In memory, and below it as they get old and memory gets short.
+    #[default]
+    Anywhere,
+    /// In memory only: reading never waits for a disk.
+    Memory,
+    /// Below, as soon as they are packed; in memory until then, and while there is no room below.
+    Below,
+}
+
+impl Placement {
+    /// As a small number.
+    pub(crate) fn code(self) -> u8 {
+        match self {
+            Placement::Anywhere => 0,
+            Placement::Memory => 1,
+            Placement::Below => 2,
+        }
+    }
+
+    /// What has that number.
+    pub(crate) fn of(code: u8) -> Placement {
+        [Placement::Anywhere, Placement::Memory, Placement::Below][usize::from(code.min(2))]
+    }
+}
+
 /// A logical segment: what slots name. The segment table says where it lives.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct SegmentId(pub u32);

@@ -2,7 +2,7 @@
 //! nothing and reads as zeros.
 
 use crate::error::Result;
-use crate::page::VolumeId;
+use crate::page::{Placement, VolumeId};
 use crate::store::{Held, Lane, Store};
 
 /// A ghost device of a [`Store`]. Cheap to clone.
@@ -56,6 +56,13 @@ impl Volume {
     /// not kept in the arena: whoever opens the store again sets it again.
     pub fn set_quota(&self, bytes: Option<u64>) {
         self.store.set_quota(self.id, bytes);
+    }
+
+    /// Says where what is written to it from now on may lie; what was written stays where it may be. Refused:
+    /// [`Placement::Below`] in a store that has nothing below memory. It is not kept in the arena: whoever opens the
+    /// store again says it again.
+    pub fn set_placement(&self, placement: Placement) -> Result<()> {
+        self.store.set_placement(self.id, placement)
     }
 
     /// Opens a lane: what one I/O thread reads and writes through.

@@ -5,7 +5,7 @@
 
 mod on_disk;
 
-use ghostswap::{create_arena, Error, Store, StoreConfig};
+use ghostswap::{create_arena, Error, Placement, Store, StoreConfig, Volume};
 use on_disk::{check, config, content, wait_for, write, Dir, PAGE, PAGES};
 use std::os::unix::fs::FileExt;
 
@@ -157,4 +157,50 @@ fn damage_is_found_and_is_one_pages_own() {
         write(&mut lane, 0..PAGES, 2);
         check(&mut lane, 0..PAGES, 2);
     }
+}
+
+/// One volume in memory only, one below at once, one as it comes; cleaning keeps them apart, and so does another store.
+#[test]
+fn volumes_lie_where_they_may() {
+    let dir = Dir::new("placement");
+    let arena = create_arena(false).unwrap();
+    let config = on_disk::config(&dir.tier(), "ram,limit=24M", "");
+    let store = Store::open_arena(config.clone(), arena.try_clone().unwrap()).unwrap();
+    let volumes: Vec<_> = (0..3).map(|_| store.create_volume(1 << 30).unwrap()).collect();
+    let place = |volumes: &[Volume]| {
+        volumes[0].set_placement(Placement::Memory).unwrap();
+        volumes[1].set_placement(Placement::Below).unwrap();
+    };
+    place(&volumes);
+    let mut lanes: Vec<_> = volumes.iter().map(|v| v.lane().unwrap()).collect();
+    write(&mut lanes[0], 0..2000, 1);
+    write(&mut lanes[1], 0..2000, 2);
+    wait_for("moving down", || volumes[1].held().unwrap().memory_bytes < 1 << 20);
+    assert_eq!(volumes[0].held().unwrap().disk_bytes, 0, "memory is not short, and it would not go");
+    // Memory gets short, and much of each dies.
+    write(&mut lanes[2], 0..PAGES, 3);
+    for round in 0..3 {
+        for lane in &mut lanes[..2] {
+            (round..2000).step_by(7).for_each(|p| lane.discard(p * PAGE as u64, PAGE as u64).unwrap());
+        }
+        write(&mut lanes[2], 0..PAGES, 4 + round);
+        assert_eq!(volumes[0].held().unwrap().disk_bytes, 0, "round {round}: {}", store.stats());
+    }
+    assert!(store.stats().cleaned_segments > 0);
+    assert!(volumes[2].held().unwrap().disk_bytes > 4 << 20);
+    let left = |p: &u64| p % 7 > 2;
+    check(&mut lanes[0], (0..2000).filter(left), 1);
+    check(&mut lanes[1], (0..2000).filter(left), 2);
+    check(&mut lanes[2], 0..PAGES, 6);
+    drop((lanes, volumes, store));
+    let store = Store::open_arena(config, arena).unwrap();
+    let volumes = store.volumes();
+    place(&volumes);
+    write(&mut volumes[2].lane().unwrap(), 0..PAGES, 7);
+    assert_eq!(volumes[0].held().unwrap().disk_bytes, 0);
+    check(&mut volumes[0].lane().unwrap(), (0..2000).filter(left), 1);
+    store.audit().unwrap();
+    let bare = Store::open(StoreConfig { tiers: vec!["ram,limit=8M".parse().unwrap()], ..StoreConfig::default() });
+    let nowhere = bare.unwrap().create_volume(1 << 30).unwrap().set_placement(Placement::Below);
+    assert!(nowhere.is_err(), "there is nothing below");
 }

@@ -6,7 +6,8 @@
 //!            1   31..0 live bytes · 63..32 bytes used
 //!            2   sequence number at sealing: the age
 //!            3   31..0 when it was sealed, in seconds of the host's running · 32 cold: compressed again ·
-//!                33 raw: what does not compress · 34 read since the mover last looked
+//!                33 raw: what does not compress · 34 read since the mover last looked ·
+//!                36..35 where its pages may lie: 0 anywhere, 1 in memory, 2 below
 //! ```
 //! States: free → open → sealed → retired → free, and sealed ↔ cleaning. Live bytes are added
 //! before the slot that names them is committed and taken off after the slot that named them was
@@ -20,7 +21,7 @@
 
 use crate::arena::Arena;
 use crate::log::record::{Header, GROUP_HEADER, SINGLE_HEADER};
-use crate::page::{ExtentNo, FrameNo, SegmentId};
+use crate::page::{ExtentNo, FrameNo, Placement, SegmentId};
 use crate::sync::{fence, AtomicU64, Ordering};
 
 pub(super) const STATE: u64 = 0xff;
@@ -33,6 +34,8 @@ pub(super) const USED_SHIFT: u32 = 32;
 const COLD: u64 = 1 << 32;
 const RAW: u64 = 1 << 33;
 const READ: u64 = 1 << 34;
+const PLACEMENT_SHIFT: u32 = 35;
+const PLACEMENT: u64 = 3 << PLACEMENT_SHIFT;
 /// The number in the state's upper half is an extent.
 pub(super) const BELOW: u64 = 1 << 8;
 
@@ -70,6 +73,8 @@ pub(crate) struct Kind {
     pub cold: bool,
     /// Pages that do not compress.
     pub raw: bool,
+    /// Where its pages may lie.
+    pub placement: Placement,
 }
 
 /// The segment table, with what is counted over all of it.
@@ -102,7 +107,8 @@ impl Segments {
         let e = arena.segment_entry(segment);
         debug_assert_eq!(e[0].load(Ordering::Relaxed) & STATE, FREE);
         e[1].store(0, Ordering::Relaxed);
-        let kind = if kind.cold { COLD } else { 0 } | if kind.raw { RAW } else { 0 };
+        let placement = u64::from(kind.placement.code()) << PLACEMENT_SHIFT;
+        let kind = if kind.cold { COLD } else { 0 } | if kind.raw { RAW } else { 0 } | placement;
         e[3].store(kind | u64::from(age_s), Ordering::Relaxed);
         crash_point!("open: counts cleared, state still free");
         e[0].store(OPEN | u64::from(frame.0) << 32, Ordering::Release);
@@ -146,6 +152,12 @@ impl Segments {
         arena.segment_entry(s)[3].load(Ordering::Relaxed) & RAW != 0
     }
 
+    /// Where a segment's pages may lie.
+    pub fn placement(&self, arena: &Arena, s: SegmentId) -> Placement {
+        let word = arena.segment_entry(s)[3].load(Ordering::Relaxed);
+        Placement::of(((word & PLACEMENT) >> PLACEMENT_SHIFT) as u8)
+    }
+
     /// Moves a claimed segment, whose records were written there, to an extent. Its frame may be used
     /// again after a grace period.
     pub fn move_below(&self, arena: &Arena, s: SegmentId, to: ExtentNo) {
@@ -170,7 +182,7 @@ impl Segments {
     /// `age_s`: when its content was written, in seconds of the host's running.
     pub fn seal(&self, arena: &Arena, open: Open, age_s: u32) -> bool {
         let e = arena.segment_entry(open.segment);
-        e[3].store(e[3].load(Ordering::Relaxed) & (COLD | RAW) | u64::from(age_s), Ordering::Relaxed);
+        e[3].store(e[3].load(Ordering::Relaxed) & (COLD | RAW | PLACEMENT) | u64::from(age_s), Ordering::Relaxed);
         e[2].store(self.sequence.fetch_add(1, Ordering::Relaxed), Ordering::Relaxed);
         crash_point!("seal: sequence stored");
         e[1].fetch_add((open.used as u64) << USED_SHIFT, Ordering::AcqRel);

@@ -8,7 +8,7 @@ use crate::config::Checked;
 use crate::log::record::{Header, GROUP_HEADER, MAX_GROUP, SINGLE_HEADER};
 use crate::log::segment::{Kind, Open};
 use crate::map::{Slot, Stored};
-use crate::page::{PageNo, VolumeId, PAGE_BYTES};
+use crate::page::{PageNo, Placement, VolumeId, PAGE_BYTES};
 use std::sync::atomic::Ordering;
 
 /// Frames that all others leave for the cleaner, so that it can always make room: one for each of its
@@ -65,6 +65,8 @@ pub(super) struct Appender {
     keep: u32,
     /// What it writes is cold.
     cold: bool,
+    /// Where what it writes may lie.
+    placement: Placement,
     /// When what it writes was first written; None: now.
     pub age_s: Option<u32>,
 }
@@ -81,7 +83,7 @@ impl Appender {
 
     fn with(shared: &Shared, codec: Codec, keep: u32) -> Appender {
         let scratch = vec![0xa5; shared.seen().group_pages * PAGE_BYTES].into_boxed_slice();
-        Appender { codec, open: [None; 2], scratch, keep, cold: false, age_s: None }
+        Appender { codec, open: [None; 2], scratch, keep, cold: false, placement: Placement::Anywhere, age_s: None }
     }
 
     /// For records that may be longer from here on, or of another codec. Its scratch is exchanged for a longer one.
@@ -89,6 +91,14 @@ impl Appender {
         self.codec.exchange(decoder);
         if scratch.len() > self.scratch.len() {
             std::mem::swap(&mut self.scratch, scratch);
+        }
+    }
+
+    /// Where what comes next may lie. Lanes within an epoch.
+    pub fn place(&mut self, s: &Shared, placement: Placement) {
+        if placement != self.placement {
+            self.close(s);
+            self.placement = placement;
         }
     }
 
@@ -167,7 +177,7 @@ impl Appender {
                 s.wake_cleaner();
             }
         }
-        let kind = Kind { cold: self.cold, raw: matches!(stream, Stream::Raw) };
+        let kind = Kind { cold: self.cold, raw: matches!(stream, Stream::Raw), placement: self.placement };
         let opened = s.segments.open(&s.arena, self.keep, kind, self.age_s(s));
         let place = &mut self.open[stream as usize];
         *place = opened;

@@ -7,8 +7,8 @@
 use super::{bump, Counters, Lane, Shared};
 use crate::log::segment::Place;
 use crate::map::{Kind, Slot};
-use crate::page::{VolumeId, CLUSTER_PAGES, MAX_VOLUMES, PAGE_BYTES};
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use crate::page::{Placement, VolumeId, CLUSTER_PAGES, MAX_VOLUMES, PAGE_BYTES};
+use std::sync::atomic::{AtomicI64, AtomicU64, AtomicU8, Ordering};
 
 /// A volume's account.
 #[derive(Debug)]
@@ -16,6 +16,8 @@ struct Account {
     held_bytes: AtomicI64,
     /// `u64::MAX`: none.
     quota_bytes: AtomicU64,
+    /// Where what is written to it may lie.
+    placement: AtomicU8,
 }
 
 /// The accounts of all volumes that may be.
@@ -44,6 +46,7 @@ impl Charges {
         let account = |v: usize| Account {
             held_bytes: AtomicI64::new(found.get(v).copied().unwrap_or(0)),
             quota_bytes: AtomicU64::new(u64::MAX),
+            placement: AtomicU8::new(Placement::Anywhere.code()),
         };
         Charges((0..MAX_VOLUMES).map(account).collect())
     }
@@ -75,6 +78,14 @@ impl Charges {
 
     pub fn set_quota(&self, v: VolumeId, bytes: u64) {
         self.of(v).quota_bytes.store(bytes, Ordering::Relaxed);
+    }
+
+    pub fn placement(&self, v: VolumeId) -> Placement {
+        Placement::of(self.of(v).placement.load(Ordering::Relaxed))
+    }
+
+    pub fn set_placement(&self, v: VolumeId, placement: Placement) {
+        self.of(v).placement.store(placement.code(), Ordering::Relaxed);
     }
 
     pub fn is_spent(&self, v: VolumeId) -> bool {

@@ -14,6 +14,8 @@
 //! would have others go down: so pages that come back one by one, when an area is swapped off or a machine
 //! comes to rest, cost few reads. On a machine short of memory nothing comes up that way.
 //!
+//! What a volume wants to have below goes first, memory short or not; what it wants to have in memory never.
+//!
 //! By hand all that is older than some age goes down, memory short or not; or the tier is drained: extents are
 //! brought up again, while memory has more room than would have others go down.
 //!
@@ -28,7 +30,7 @@ use crate::error::Result;
 use crate::io::{EndedWrite, Writes, BLOCK_BYTES};
 use crate::log::policy::{demotion, Pressure};
 use crate::log::segment::record_of;
-use crate::page::{ExtentNo, FrameNo, SegmentId};
+use crate::page::{ExtentNo, FrameNo, Placement, SegmentId};
 use crate::stats::DiskStats;
 use crate::sync::nap;
 use crate::tier::{Lower, PAYLOAD};
@@ -46,6 +48,8 @@ const MOST_UNREADABLE: usize = 64;
 /// How long a tier that failed rests at first, and at most.
 const REST: Duration = Duration::from_secs(1);
 const LONGEST_REST: Duration = Duration::from_secs(30);
+/// How often to look for what a volume wants to have below, when there was nothing.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// What the mover needs that takes memory, made before it is needed.
 pub(super) struct Tools {
@@ -62,8 +66,10 @@ pub(super) struct Mover {
     shared: Arc<Shared>,
     tools: Tools,
     copier: Copier,
-    /// The likeliest victims: raw, age, segment.
-    likely: Vec<(bool, u64, SegmentId)>,
+    /// The likeliest victims: how soon, age, segment.
+    likely: Vec<(u8, u64, SegmentId)>,
+    /// When to look next for what a volume wants to have below.
+    look_after: Instant,
     /// By the buffer that they are written from.
     on_the_way: [Option<OnTheWay>; WRITES],
     moving: bool,
@@ -87,9 +93,12 @@ struct Order {
     most: usize,
     /// No more than memory is short of.
     by_pressure: bool,
+    /// Only what a volume wants to have there.
+    wanted_below: bool,
 }
 
-const BY_PRESSURE: Order = Order { idle_s: 0, before: u64::MAX, most: MOST_A_STEP, by_pressure: true };
+const BY_PRESSURE: Order =
+    Order { idle_s: 0, before: u64::MAX, most: MOST_A_STEP, by_pressure: true, wanted_below: false };
 
 /// A claimed segment and where it goes.
 #[derive(Clone, Copy)]
@@ -107,6 +116,7 @@ impl Mover {
             tools,
             copier,
             likely: Vec::with_capacity(WRITES * 4 + 1),
+            look_after: Instant::now(),
             on_the_way: [None; WRITES],
             moving: false,
             rest: REST,
@@ -169,7 +179,20 @@ impl Mover {
             // Nothing of that age is left, or it cannot go. Unless the order is a newer one.
             let _ = shared.write_back.compare_exchange(by_hand, 0, Ordering::Relaxed, Ordering::Relaxed);
         }
-        compacted || lower.discard_one()
+        self.move_wanted(&shared, lower) || compacted || lower.discard_one()
+    }
+
+    /// What a volume wants to have below, a part at a time.
+    fn move_wanted(&mut self, s: &Shared, lower: &Lower) -> bool {
+        if !s.some_below.load(Ordering::Relaxed) || Instant::now() < self.look_after {
+            return false;
+        }
+        let order = Order { by_pressure: false, wanted_below: true, ..BY_PRESSURE };
+        let moved = lower.free() > 0 && self.move_some(s, lower, order);
+        if !moved {
+            self.look_after = Instant::now() + LOOK_EVERY;
+        }
+        moved
     }
 
     /// As a test wants it.
@@ -288,6 +311,9 @@ impl Mover {
             return false;
         }
         let Some(id) = lower.asked.take() else { return false };
+        if s.segments.placement(&s.arena, id) == Placement::Below {
+            return false;
+        }
         // Its pages are in use: they are as good as written now.
         let up = self.bring_up_one(s, lower, id, Some(s.clock_s.load(Ordering::Relaxed)));
         lower.counts.promoted.fetch_add(up.into(), Ordering::Relaxed);
@@ -346,7 +372,7 @@ impl Mover {
 
 /// Lists the likeliest victims, the best last. Those that were read since they were last looked at are passed over,
 /// as far as there are others.
-fn choose(likely: &mut Vec<(bool, u64, SegmentId)>, s: &Shared, order: Order) {
+fn choose(likely: &mut Vec<(u8, u64, SegmentId)>, s: &Shared, order: Order) {
     let now = s.clock_s.load(Ordering::Relaxed);
     let is_meant = |id, age| {
         (order.idle_s == 0 || now.saturating_sub(s.segments.past(&s.arena, id).0) >= order.idle_s)
@@ -354,10 +380,16 @@ fn choose(likely: &mut Vec<(bool, u64, SegmentId)>, s: &Shared, order: Order) {
     };
     for id in (0..grow::known_segments(s)).map(SegmentId) {
         let Some((live, _, age)) = s.segments.sealed(&s.arena, id) else { continue };
+        let soon = match s.segments.placement(&s.arena, id) {
+            Placement::Memory => continue,
+            Placement::Below => 2,
+            Placement::Anywhere if order.wanted_below => continue,
+            Placement::Anywhere => u8::from(s.segments.is_raw(&s.arena, id)),
+        };
         if live == 0 || !is_meant(id, age) {
             continue;
         }
-        let one = (s.segments.is_raw(&s.arena, id), age, id);
+        let one = (soon, age, id);
         let at = likely.partition_point(|other| (other.0, other.1) >= (one.0, one.1));
         if at < WRITES * 4 {
             likely.insert(at, one);

@@ -358,6 +358,7 @@ impl Lane {
 
     /// Writes whole pages, up to sixteen; returns the bytes done. Within an epoch.
     fn write_pages(&mut self, s: &Shared, first: PageNo, data: &[u8]) -> usize {
+        self.appender.place(s, s.charges.placement(self.volume));
         let pages = data.len() / PAGE_BYTES;
         let plain = |i: usize, n: usize| &data[i * PAGE_BYTES..(i + n) * PAGE_BYTES];
         let mut i = 0;

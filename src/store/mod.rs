@@ -49,7 +49,7 @@ use crate::io::Backing;
 use crate::log::epoch::Epochs;
 use crate::log::segment::Segments;
 use crate::map::{Kind, Map, Slot};
-use crate::page::{VolumeId, MAX_VOLUMES, PAGE_BYTES};
+use crate::page::{Placement, VolumeId, MAX_VOLUMES, PAGE_BYTES};
 use crate::stats::Stats;
 use crate::tier::{extents_in, Lower};
 use crate::volume::Volume;
@@ -105,6 +105,8 @@ pub(crate) struct Shared {
     pub recompress_all: AtomicBool,
     /// Memory that may be held: the configuration's limit, or one set since.
     pub limit: AtomicU64,
+    /// Pages of some volume are to go below whether memory is short or not.
+    pub some_below: AtomicBool,
     /// What is older than so many seconds, less one, is to go down, short of memory or not; 0: nothing.
     pub write_back: AtomicU64,
     /// Of what was sealed with a lower number than this.
@@ -150,6 +152,7 @@ impl Shared {
             recompressed: AtomicU64::new(0),
             recompress_all: AtomicBool::new(false),
             limit: AtomicU64::new(arena.limit(config.limit_bytes).unwrap_or(config.limit_bytes)),
+            some_below: AtomicBool::new(false),
             write_back: AtomicU64::new(0),
             write_back_before: AtomicU64::new(0),
             clock_s: AtomicU32::new(0),
@@ -346,6 +349,18 @@ impl Store {
 
     pub(crate) fn set_quota(&self, id: VolumeId, bytes: Option<u64>) {
         self.shared().charges.set_quota(id, bytes.unwrap_or(u64::MAX));
+    }
+
+    pub(crate) fn set_placement(&self, id: VolumeId, placement: Placement) -> Result<()> {
+        let s = self.shared();
+        if placement == Placement::Below {
+            if s.lower.is_none() {
+                return Err(Error::InvalidConfig("there is no tier below memory".into()));
+            }
+            s.some_below.store(true, Ordering::Relaxed);
+        }
+        s.charges.set_placement(id, placement);
+        Ok(())
     }
 
     fn volume_count(&self) -> usize {

@@ -129,6 +129,7 @@ impl Recompressor {
     fn segment(&mut self, s: &Shared, id: SegmentId) -> bool {
         let Some(victim) = s.segments.begin_cleaning(&s.arena, id) else { return false };
         self.appender.age_s = Some(s.segments.past(&s.arena, id).0);
+        self.appender.place(s, s.segments.placement(&s.arena, id));
         self.group_at = None;
         let mut at = 0;
         let mut room = true;

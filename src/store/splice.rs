@@ -51,6 +51,7 @@ impl Lane {
         plain: &mut [u8; PAGE_BYTES],
         fetched: Option<Fetch>,
     ) -> Result<Splice> {
+        self.appender.place(s, s.charges.placement(self.volume));
         let Ok(leaf) = s.map.leaf_for_write(&s.arena, self.volume, page.cluster()) else { return Ok(Splice::NoRoom) };
         let slot = &leaf[page.slot()];
         let old = Slot(slot.load(Ordering::Acquire));

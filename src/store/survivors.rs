@@ -43,6 +43,7 @@ impl Copier {
         record: impl Fn(usize) -> Option<(Header, &'a [u8])>,
     ) -> bool {
         self.appender.age_s = Some(age_s);
+        self.appender.place(s, s.segments.placement(&s.arena, victim));
         let mut at = 0;
         while at < used {
             let (header, record) = record(at).expect("a sealed segment is records from end to end");
