@@ -5,7 +5,7 @@ default:
 # Formatting and lints
 check:
     cargo fmt --all --check
-    cargo clippy --workspace --all-targets --release -- -D warnings
+    cargo clippy --workspace --all-targets --profile quick -- -D warnings
 
 # Everything, real kernels included
 test:
@@ -13,11 +13,11 @@ test:
 
 # A kill at every crash point of a scripted history, and of its recovery
 crash:
-    cargo test -p ghostswap --release --features crash-points --test crash_points
+    cargo test -p ghostswap --profile quick --features crash-points --test crash_points
 
 # The I/O path asks neither the allocator nor the kernel for anything
 no-alloc:
-    cargo test -p ghostswap --release --test no_alloc
+    cargo test -p ghostswap --profile quick --test no_alloc
 
 # Models of the lock-free code, through all interleavings
 loom *ARGS:
