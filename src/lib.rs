@@ -26,6 +26,7 @@ mod error;
 mod io;
 mod log;
 mod map;
+pub mod nbd;
 mod page;
 mod stats;
 mod store;
