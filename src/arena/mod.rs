@@ -139,6 +139,10 @@ impl Arena {
     pub fn drain(&self) -> &AtomicU64 {
         Superblock(&self.map).drain()
     }
+    /// Extents to which writes of this store may come late: a number and one each, or 0.
+    pub fn late(&self) -> &[AtomicU32] {
+        Superblock(&self.map).late()
+    }
     /// The limit that was set in the place of the configuration's.
     pub fn limit(&self, configured: u64) -> Option<u64> {
         Superblock(&self.map).limit(configured)

@@ -1,7 +1,8 @@
-//! Several writes of buffers at once, through io_uring: what keeps a disk busy from one thread.
+//! Several writes of buffers at once, through io_uring: what keeps a disk, or a server, busy from one thread.
 #![allow(unsafe_code, reason = "submitting buffers that outlive the call")]
 
-use super::{Backing, Buffer};
+use super::remote::{decode, Kind, Reply, Request};
+use super::{Buffer, Medium};
 use crate::error::{system, Error, Result};
 use io_uring::{opcode, types, IoUring};
 use std::os::fd::AsRawFd;
@@ -21,6 +22,8 @@ pub(crate) struct Transfer {
     pub at: u64,
     /// Set by the call.
     pub result: std::io::Result<()>,
+    /// The same: it may be written there once more, later.
+    pub late: bool,
 }
 
 impl Ring {
@@ -31,15 +34,9 @@ impl Ring {
     }
 
     /// Writes them all and returns when all have ended, well or not.
-    pub fn write(&mut self, backing: &Backing, buffers: &[Buffer], transfers: &mut [Transfer]) {
-        let fd = types::Fd(backing.fd().as_raw_fd());
+    pub fn write(&mut self, medium: &Medium, buffers: &[Buffer], transfers: &mut [Transfer]) {
         for (i, t) in transfers.iter().enumerate() {
-            let bytes = &buffers[t.buffer][..t.bytes];
-            let entry = opcode::Write::new(fd, bytes.as_ptr(), t.bytes as u32).offset(t.at).build();
-            // SAFETY: the buffer is borrowed until this returns, and by then the write has ended: below
-            // every completion is waited for.
-            let pushed = unsafe { self.ring.submission().push(&entry.user_data(i as u64)) };
-            pushed.expect("a ring has an entry for each of its buffers");
+            self.begin(medium, t.at, &buffers[t.buffer][..t.bytes], i as u64);
         }
         let mut left = transfers.len();
         while left > 0 {
@@ -51,13 +48,33 @@ impl Ring {
             }
             for done in self.ring.completion() {
                 let t = &mut transfers[done.user_data() as usize];
-                t.result = match done.result() {
-                    n if n == t.bytes as i32 => Ok(()),
-                    n if n < 0 => Err(std::io::Error::from_raw_os_error(-n)),
-                    _ => Err(std::io::ErrorKind::WriteZero.into()),
+                let (result, late) = decode(done.result());
+                t.late = late;
+                t.result = match result {
+                    Ok(n) if n as usize == t.bytes => Ok(()),
+                    Ok(_) => Err(std::io::ErrorKind::WriteZero.into()),
+                    Err(e) => Err(e),
                 };
                 left -= 1;
             }
         }
+    }
+
+    /// The bytes are to stay until it has ended.
+    fn begin(&mut self, medium: &Medium, at: u64, bytes: &[u8], user_data: u64) {
+        let backing = match medium {
+            Medium::Disk(backing) => backing,
+            Medium::Remote(remote) => {
+                let reply = Reply::Ring(self.ring.as_raw_fd(), user_data);
+                let (buffer, bytes) = (bytes.as_ptr() as usize, bytes.len() as u32);
+                return remote.push(&Request { kind: Kind::Write, at, bytes, buffer, reply });
+            }
+        };
+        let fd = types::Fd(backing.fd().as_raw_fd());
+        let entry = opcode::Write::new(fd, bytes.as_ptr(), bytes.len() as u32).offset(at).build();
+        // SAFETY: the buffer is borrowed until `write` returns, and by then this has ended: every completion is waited
+        // for there.
+        let pushed = unsafe { self.ring.submission().push(&entry.user_data(user_data)) };
+        pushed.expect("a ring has an entry for each of its buffers");
     }
 }

@@ -8,7 +8,11 @@
 //! places. Killed before that store the segment is in memory and the extent free, after it the reverse.
 //!
 //! A write that fails leaves the segment where it is. The tier then rests, longer each time, and is tried
-//! again; meanwhile the cleaner makes room as if there were no tier.
+//! again, with a block of a free extent if nothing is to go down; meanwhile the cleaner makes room as if there were
+//! no tier. A server that is away is written to when it is back; after the tier's time-out it counts as failing.
+//!
+//! A write to a server may be done later than it seems to have ended, and even after this process has. So it is noted
+//! in the arena before it is sent, and its extent kept free while it may come late (`tier/late.rs`).
 //!
 //! What is asked for again and again is brought up as a whole, in one large read, while memory has more room than
 //! would have others go down: so pages that come back one by one, when an area is swapped off or a machine
@@ -44,6 +48,8 @@ const MOST_UNREADABLE: usize = 64;
 /// How long a tier that failed rests at first, and at most.
 const REST: Duration = Duration::from_secs(1);
 const LONGEST_REST: Duration = Duration::from_secs(30);
+/// How often to look whether a server's export is still ours, while it is written to.
+const LOOK_EVERY: Duration = Duration::from_secs(10);
 
 /// What the mover needs that takes memory, made before it is needed.
 pub(super) struct Tools {
@@ -70,6 +76,7 @@ pub(super) struct Mover {
     moving: bool,
     rest: Duration,
     resting_until: Option<Instant>,
+    looked: Option<Instant>,
     /// When to look for extents to bring up again, after one for which there was no room, or when too many could not
     /// be read.
     compact_after: Option<Instant>,
@@ -102,6 +109,7 @@ impl Mover {
             moving: false,
             rest: REST,
             resting_until: None,
+            looked: None,
             compact_after: None,
             unreadable: Vec::with_capacity(MOST_UNREADABLE),
             shared,
@@ -127,16 +135,21 @@ impl Mover {
         let shared = self.shared.clone();
         let _busy = shared.quiet[2].lock().unwrap_or_else(PoisonError::into_inner);
         let Some(lower) = &shared.lower else { return false };
-        if !lower.claim() || self.resting_until.is_some_and(|until| Instant::now() < until) {
+        if self.is_away(lower) || !lower.claim() || self.resting_until.is_some_and(|until| Instant::now() < until) {
             return false;
         }
+        lower.tick(&shared.arena, &mut self.tools.buffers[0]);
         let mut wanted = demotion(&pressure(&shared, self.moving));
+        let failing = lower.counts.failing.load(Ordering::Relaxed);
+        if failing && (wanted == 0 || shared.draining()) && !self.probe(&shared, lower) {
+            return false;
+        }
         if shared.draining() {
             shared.write_back.store(0, Ordering::Relaxed);
             // As much room as moving down would leave: draining is not to make others wait.
             self.moving = true;
             let drained = wanted == 0 && self.may_compact() && self.bring_up(&shared, lower, |_| true);
-            return drained || lower.discard_one();
+            return drained || lower.discard_one(&shared.arena);
         }
         self.moving = wanted > 0;
         if self.promote(&shared, lower) {
@@ -157,7 +170,7 @@ impl Mover {
             // Nothing of that age is left, or it cannot go. Unless the order is a newer one.
             let _ = shared.write_back.compare_exchange(by_hand, 0, Ordering::Relaxed, Ordering::Relaxed);
         }
-        compacted || lower.discard_one()
+        compacted || lower.discard_one(&shared.arena)
     }
 
     /// As a test wants it.
@@ -177,23 +190,28 @@ impl Mover {
     /// Of what was written so many seconds ago, and sealed with a lower number than that. False: nothing could be
     /// moved.
     fn move_some(&mut self, s: &Shared, lower: &Lower, wanted: usize, old: (u32, u64)) -> bool {
+        if !self.is_ours(lower) {
+            return false;
+        }
         self.choose(s, wanted.min(WRITES), old);
         self.claim(s, lower);
         if self.on_the_way.is_empty() {
             return false;
         }
-        lower.wait_for(|| self.tools.ring.write(&lower.backing, &self.tools.buffers, &mut self.transfers));
+        lower.wait_for(|| self.tools.ring.write(&lower.medium, &self.tools.buffers, &mut self.transfers));
         let (mut failed, mut moved) = (None, 0);
         for i in 0..self.on_the_way.len() {
             let way = self.on_the_way[i];
             match &self.transfers[i].result {
                 Ok(()) => {
                     s.segments.move_below(&s.arena, way.segment, way.extent);
+                    lower.settle(&s.arena, way.extent, self.transfers[i].late);
                     lower.counts.bytes_written.fetch_add(self.transfers[i].bytes as u64, Ordering::Relaxed);
                     moved += 1;
                 }
                 Err(e) => {
                     failed.get_or_insert_with(|| e.to_string());
+                    lower.settle(&s.arena, way.extent, self.transfers[i].late);
                     lower.give(way.extent);
                     lower.counts.write_errors.fetch_add(1, Ordering::Relaxed);
                 }
@@ -209,6 +227,44 @@ impl Mover {
         }
         self.judge(lower, failed);
         moved > 0
+    }
+
+    /// A server that is not there. Nobody waits for it here; after a while it counts as failing.
+    fn is_away(&mut self, lower: &Lower) -> bool {
+        let Some(remote) = lower.medium.remote().filter(|remote| !remote.is_up()) else { return false };
+        if remote.is_lost() && !lower.counts.failing.load(Ordering::Relaxed) {
+            self.judge(lower, Some("the server is away, or is another".into()));
+        }
+        true
+    }
+
+    /// Looks now and then whether a server's export is still ours, before anything is written there.
+    fn is_ours(&mut self, lower: &Lower) -> bool {
+        let now = Instant::now();
+        if self.looked.is_some_and(|at| now - at < LOOK_EVERY) {
+            return true;
+        }
+        let ours = lower.wait_for(|| lower.is_ours(&mut self.tools.buffers[0]));
+        self.looked = ours.then_some(now);
+        if !ours {
+            self.judge(lower, Some("it does not answer as the one that it was".into()));
+        }
+        ours
+    }
+
+    /// Whether a tier that failed takes a block of a free extent.
+    fn probe(&mut self, s: &Shared, lower: &Lower) -> bool {
+        let Some(extent) = take_noted(s, lower) else { return false };
+        self.tools.buffers[0][..BLOCK_BYTES].fill(0);
+        let mut probe = [Transfer { buffer: 0, bytes: BLOCK_BYTES, at: lower.at(extent), result: Ok(()), late: false }];
+        lower.wait_for(|| self.tools.ring.write(&lower.medium, &self.tools.buffers, &mut probe));
+        lower.settle(&s.arena, extent, probe[0].late);
+        lower.give(extent);
+        // If it takes a block and no segment, the next rest is no shorter.
+        let rest = self.rest;
+        self.judge(lower, probe[0].result.as_ref().err().map(ToString::to_string));
+        self.rest = self.rest.max(rest);
+        probe[0].result.is_ok()
     }
 
     /// Lets a tier that failed rest, and says so when it begins and when it is over.
@@ -272,14 +328,14 @@ impl Mover {
         for (_, _, id) in self.likely.drain(..) {
             let Some(open) = s.segments.begin_cleaning(&s.arena, id) else { continue };
             let sequence = s.segments.sealed_as(&s.arena, id).expect("what is claimed was sealed");
-            let Some(extent) = lower.take() else {
+            let Some(extent) = take_noted(s, lower) else {
                 s.segments.end_cleaning(&s.arena, id);
                 return;
             };
             let buffer = self.on_the_way.len();
             let plain = s.arena.record_bytes(open.frame, 0, open.used);
             let bytes = lower.seal.close(plain, sequence, &mut self.tools.buffers[buffer]);
-            self.transfers.push(Transfer { buffer, bytes, at: lower.at(extent), result: Ok(()) });
+            self.transfers.push(Transfer { buffer, bytes, at: lower.at(extent), result: Ok(()), late: false });
             self.on_the_way.push(OnTheWay { segment: id, frame: open.frame, extent });
         }
     }
@@ -323,7 +379,7 @@ impl Mover {
     fn bring_up_one(&mut self, s: &Shared, lower: &Lower, id: SegmentId, age_s: Option<u32>) -> bool {
         let Some(below) = s.segments.begin_cleaning_below(&s.arena, id) else { return false };
         let blocks = &mut self.tools.buffers[0][..below.used.div_ceil(PAYLOAD) * BLOCK_BYTES];
-        let read = lower.wait_for(|| lower.backing.read(blocks, lower.at(below.extent)));
+        let read = lower.wait_for(|| lower.medium.read(blocks, lower.at(below.extent)));
         let plain = read.is_ok().then(|| lower.seal.open(blocks, 0, below.sequence)).flatten();
         let copied = plain.map(|plain| {
             let age_s = age_s.unwrap_or_else(|| s.segments.past(&s.arena, id).0);
@@ -348,6 +404,16 @@ impl Mover {
         }
         false
     }
+}
+
+/// An extent to write to; that it is written to, the next store would know.
+fn take_noted(s: &Shared, lower: &Lower) -> Option<ExtentNo> {
+    let extent = lower.take()?;
+    let noted = lower.note(&s.arena, extent);
+    if !noted {
+        lower.give(extent);
+    }
+    noted.then_some(extent)
 }
 
 fn pressure(s: &Shared, moving: bool) -> Pressure {
@@ -388,6 +454,7 @@ pub(super) fn stats(s: &Shared, lower: &Lower) -> DiskStats {
             let page = count(&c.last_corrupt);
             (page >> 32, page & 0xffff_ffff)
         }),
+        late_bytes: u64::from(lower.late()) * lower.extent_bytes(),
         failing: c.failing.load(Ordering::Relaxed),
         draining: s.draining(),
         writing_back: s.write_back.load(Ordering::Relaxed) != 0,

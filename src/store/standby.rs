@@ -12,7 +12,7 @@ use crate::arena::{host_memory, Spare, Waiting};
 use crate::codec::Codec;
 use crate::config::{Checked, StoreConfig};
 use crate::error::{system, Result};
-use crate::io::Backing;
+use crate::io::Medium;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{JoinHandle, Thread};
@@ -29,7 +29,7 @@ pub struct Standby {
     spare: Spare,
     growth: Idle,
     cleaner: Idle,
-    below: Option<(Backing, Tools, Idle)>,
+    below: Option<(Medium, Tools, Idle)>,
 }
 
 impl Standby {
@@ -38,16 +38,19 @@ impl Standby {
         let (ram_bytes, _) = host_memory()?;
         let mut config = config.validate(ram_bytes)?;
         let waiting = Waiting::new(arena)?;
-        let backing = config.below.as_ref().map(Backing::open).transpose()?;
-        config.below_bytes = backing.as_ref().map_or(0, Backing::bytes);
+        let medium = config.below.as_ref().map(|tier| Medium::open(tier, config.thread_start)).transpose()?;
+        if let Some(medium) = &medium {
+            // Of a server's export only a new arena has to know them: who takes one over must not wait for a server.
+            config.below_bytes = medium.bytes(waiting.segment_bytes().is_none())?.unwrap_or(0);
+        }
         rehearse(&config);
-        let with_tools = |backing| {
+        let with_tools = |medium| {
             // Of an arena that is there already the segments may have another size than is asked for.
             let segment_bytes = waiting.segment_bytes().unwrap_or(config.segment_bytes as usize);
-            Ok((backing, Tools::new(segment_bytes)?, Idle::start(&config, "mover")?))
+            Ok((medium, Tools::new(segment_bytes)?, Idle::start(&config, "mover")?))
         };
         Ok(Standby {
-            below: backing.map(with_tools).transpose()?,
+            below: medium.map(with_tools).transpose()?,
             waiting,
             spare: Spare::new(),
             growth: Idle::start(&config, "growth")?,
@@ -69,8 +72,8 @@ impl Standby {
 
     /// Opens the store; see [`Store::open_arena`].
     pub fn open(self) -> Result<Store> {
-        let (backing, below) = self.below.map(|(backing, tools, idle)| (backing, (tools, idle))).unzip();
-        let (shared, mut growth, fresh) = build(self.config, self.waiting, backing)?;
+        let (medium, below) = self.below.map(|(medium, tools, idle)| (medium, (tools, idle))).unzip();
+        let (shared, mut growth, fresh) = build(self.config, self.waiting, medium)?;
         if fresh {
             // The first reserve is there before the first request. An arena that was found has what
             // is left of its own, and its pages may be waited for: growth must not delay them.
