@@ -5,6 +5,7 @@ mod nbd;
 mod tier;
 
 pub use nbd::{NbdAddress, NbdPlace, NbdTls};
+pub(crate) use tier::MIN_DISK_BYTES;
 pub use tier::{parse_time, DiskTier, Place, RamTier, TierConfig};
 
 use crate::error::{Error, Result};

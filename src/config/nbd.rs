@@ -93,7 +93,9 @@ impl NbdPlace {
         let (host, port) = host_and_port(authority).ok_or_else(|| bad("the port is not a number"))?;
         let address = match socket {
             Some(socket) if socket.starts_with('/') => NbdAddress::Unix(socket.into()),
-            _ if unix => return Err(bad("give the socket's whole path, as in nbd+unix:///export?socket=/run/nbd.sock")),
+            _ if unix => {
+                return Err(bad("give the socket's whole path, as in nbd+unix:///export?socket=/run/nbd.sock"))
+            }
             _ if host.is_empty() => return Err(bad("a host is missing")),
             _ => NbdAddress::Tcp(host.to_owned(), port.unwrap_or(PORT)),
         };

@@ -121,7 +121,7 @@ fn ram<'a>(options: impl Iterator<Item = &'a str>) -> Result<RamTier, String> {
 }
 
 /// Smallest disk tier: a few of the largest segments.
-const MIN_DISK_BYTES: u64 = 16 << 20;
+pub(crate) const MIN_DISK_BYTES: u64 = 16 << 20;
 
 fn disk<'a>(place: Place, options: impl Iterator<Item = &'a str>) -> Result<DiskTier, String> {
     let file = matches!(place, Place::File(_));

@@ -33,10 +33,22 @@ pub trait Asked {
 #[derive(Clone, Copy)]
 enum At {
     /// In a head, of which so many bytes are there and so many wanted.
-    Head { have: usize, want: usize },
-    Data { cookie: u64, offset: u32, left: u32, last: bool },
+    Head {
+        have: usize,
+        want: usize,
+    },
+    Data {
+        cookie: u64,
+        offset: u32,
+        left: u32,
+        last: bool,
+    },
     /// Words that nobody reads.
-    Words { cookie: u64, left: u32, last: bool },
+    Words {
+        cookie: u64,
+        left: u32,
+        last: bool,
+    },
 }
 
 const START: At = At::Head { have: 0, want: 4 };

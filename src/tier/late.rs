@@ -76,7 +76,10 @@ impl Late {
     /// Extents noted, those under way aside.
     pub fn extents(&self) -> impl Iterator<Item = u32> + '_ {
         let all = || self.notes.iter().flatten().filter(|note| note.until.is_some());
-        all().enumerate().filter(move |(i, note)| all().take(*i).all(|n| n.extent != note.extent)).map(|(_, n)| n.extent)
+        all()
+            .enumerate()
+            .filter(move |(i, note)| all().take(*i).all(|n| n.extent != note.extent))
+            .map(|(_, n)| n.extent)
     }
 
     /// Whether the server is to be asked something.

@@ -155,8 +155,8 @@ impl Lower {
 
     /// Whether it may be written to; tries to make it so. Mover only.
     pub fn claim(&self) -> bool {
-        let claimed = self.claimed.load(Ordering::Relaxed)
-            || self.medium.claim().is_ok() && self.medium.check(&self.id).is_ok();
+        let claimed =
+            self.claimed.load(Ordering::Relaxed) || self.medium.claim().is_ok() && self.medium.check(&self.id).is_ok();
         self.claimed.store(claimed, Ordering::Relaxed);
         claimed
     }

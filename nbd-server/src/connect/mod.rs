@@ -147,7 +147,11 @@ impl Options {
         match failed {
             Some(failure) => {
                 let tls = matches!(failure, Failure::Refused { reply: reply::ERR_TLS_REQD, .. });
-                let advice = if tls { ", which the kernel does not speak: let it listen without at another address" } else { "" };
+                let advice = if tls {
+                    ", which the kernel does not speak: let it listen without at another address"
+                } else {
+                    ""
+                };
                 bail!("no way to export '{}' at {}: {failure}{advice}", self.export, self.place())
             }
             None => bail!("{} has no address", self.place()),

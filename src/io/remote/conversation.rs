@@ -235,8 +235,7 @@ impl Conversation {
             queue.pop_front();
         }
         self.book.sent = self.book.sent.wrapping_add(1);
-        let part =
-            Part { job: job_number, offset, bytes, filled: 0, number: self.book.sent, since: Instant::now() };
+        let part = Part { job: job_number, offset, bytes, filled: 0, number: self.book.sent, since: Instant::now() };
         let cookie = u64::from(part.number) << 8 | number as u64;
         self.book.parts[number] = Some(part);
         let command = match request.kind {

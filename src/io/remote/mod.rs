@@ -24,7 +24,7 @@ mod transport;
 
 use super::backing::{bad, check_free, head_of, is_head_of, SIGNATURES_BYTES};
 use super::{Buffer, TierKey, BLOCK_BYTES};
-use crate::config::{format_size, DiskTier, NbdAddress, NbdPlace, Place};
+use crate::config::{format_size, DiskTier, NbdAddress, NbdPlace, Place, MIN_DISK_BYTES};
 use crate::error::{system, Error, Result};
 use crate::nbd::handshake::Failure;
 use carrier::{Carrier, Way};
@@ -64,12 +64,8 @@ impl Remote {
     pub fn start(tier: &DiskTier, nbd: &NbdPlace, thread_start: Option<fn(&str)>) -> Result<Remote> {
         Post::check()?;
         let tls = nbd.tls.as_ref().map(tls::load).transpose().map_err(|why| bad(tier, &why))?;
-        let way = Arc::new(Way {
-            uri: nbd.uri.clone(),
-            addresses: look_up(tier, nbd)?,
-            export: nbd.export.clone(),
-            tls,
-        });
+        let way =
+            Arc::new(Way { uri: nbd.uri.clone(), addresses: look_up(tier, nbd)?, export: nbd.export.clone(), tls });
         let count = usize::from(nbd.connections.unwrap_or(CONNECTIONS));
         let timeout = Duration::from_secs(nbd.timeout_s.into());
         let office =
@@ -113,6 +109,9 @@ impl Remote {
         match self.tier.size {
             Some(size) if size > there => {
                 Err(bad(&self.tier, &format!("it has {}, less than size={size}", format_size(there))))
+            }
+            None if there < MIN_DISK_BYTES => {
+                Err(bad(&self.tier, &format!("it has {}, less than 16 MiB", format_size(there))))
             }
             size => Ok(size.unwrap_or(there)),
         }

@@ -56,8 +56,10 @@ pub(super) enum For {
 pub(super) fn wait(bell: &Bell, socket: Option<(RawFd, For)>, most: Duration) {
     let (fd, what) = socket.unwrap_or((-1, For::Reading));
     let events = libc::POLLIN | if what == For::Both { libc::POLLOUT } else { 0 };
-    let mut fds =
-        [libc::pollfd { fd: bell.0.as_raw_fd(), events: libc::POLLIN, revents: 0 }, libc::pollfd { fd, events, revents: 0 }];
+    let mut fds = [
+        libc::pollfd { fd: bell.0.as_raw_fd(), events: libc::POLLIN, revents: 0 },
+        libc::pollfd { fd, events, revents: 0 },
+    ];
     let ms = most.as_millis().clamp(1, 60_000) as libc::c_int;
     // SAFETY: two entries that live; a negative descriptor is passed over. Whatever came of it, callers look.
     unsafe { libc::poll(fds.as_mut_ptr(), 2, ms) };

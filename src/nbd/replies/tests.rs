@@ -64,7 +64,8 @@ fn chunk_of(cookie: u64, done: bool, kind: u16, parts: &[&[u8]]) -> Vec<u8> {
 }
 
 fn data_of(cookie: u64, done: bool, at: u64, data: &[u8]) -> Vec<u8> {
-    let head = Chunk::new(&request(cookie), Form::Structured, done, chunk::OFFSET_DATA, &[&at.to_be_bytes()], data.len());
+    let head =
+        Chunk::new(&request(cookie), Form::Structured, done, chunk::OFFSET_DATA, &[&at.to_be_bytes()], data.len());
     [&head[..], data].concat()
 }
 
