@@ -11,6 +11,8 @@ use ghostswap::{create_arena, Error, Store, StoreConfig};
 use nbdkit::Nbdkit;
 use on_disk::{check, content, wait_for, write, Dir, PAGE, PAGES};
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 fn configured(tier: &str, ram: &str) -> StoreConfig {
@@ -361,6 +363,68 @@ fn another_store_finds_what_went_there_and_where_nothing_may_go_yet() {
     check(&mut lane, 5000..5100, 3);
     server.start_again();
     check(&mut lane, 0..4000, 2);
+}
+
+/// An authority, a server's certificate for localhost, a client's, in a directory as nbdkit wants it.
+fn certificates(dir: &Path) {
+    let openssl = |arguments: &str| {
+        let output = Command::new("openssl").args(arguments.split(' ')).current_dir(dir).output().unwrap();
+        assert!(output.status.success(), "openssl {arguments}: {}", String::from_utf8_lossy(&output.stderr));
+    };
+    let key = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes";
+    for authority in ["ca", "other"] {
+        openssl(&format!(
+            "req -x509 {key} -days 2 -subj /CN={authority} -addext basicConstraints=critical,CA:TRUE \
+             -keyout {authority}-key.pem -out {authority}-cert.pem"
+        ));
+    }
+    std::fs::write(dir.join("names"), "subjectAltName=DNS:localhost").unwrap();
+    for who in ["server", "client"] {
+        openssl(&format!("req {key} -subj /CN={who} -keyout {who}-key.pem -out {who}.csr"));
+        openssl(&format!(
+            "x509 -req -in {who}.csr -CA ca-cert.pem -CAkey ca-key.pem -CAcreateserial -days 2 -extfile names \
+             -out {who}-cert.pem"
+        ));
+    }
+}
+
+#[test]
+fn through_tls_with_a_certificate_of_ones_own() {
+    let dir = Dir::new("nbd-tls");
+    let at = dir.tier().parent().unwrap().to_owned();
+    certificates(&at);
+    let directory = format!("--tls-certificates={}", at.display());
+    let mut server = on_file(&dir, &["--tls=require", "--tls-verify-peer", &directory]);
+    let file = |name: &str| at.join(name).display().to_string();
+    let tier = |uri: &str, more: &str| format!("nbd:nbds+unix://{uri}?socket={},size=64M,timeout=5s{more}", file("s"));
+    let given = format!(",ca={},cert={},key={}", file("ca-cert.pem"), file("client-cert.pem"), file("client-key.pem"));
+    let store = Store::open(configured(&tier("localhost/", &given), "ram,limit=8M")).unwrap();
+    let mut lane = store.create_volume(1 << 30).unwrap().lane().unwrap();
+    write(&mut lane, 0..PAGES, 1);
+    server.kill();
+    server.start_again();
+    check(&mut lane, 0..PAGES, 1);
+    write(&mut lane, 0..PAGES, 2);
+    check(&mut lane, 0..PAGES, 2);
+    drop((lane, store));
+    // The names that libnbd has for the same.
+    let libnbd =
+        format!("nbd:nbds+unix:///?socket={}&tls-hostname=localhost&tls-certificates={}", file("s"), at.display());
+    drop(Store::open(configured(&libnbd, "ram,limit=8M")).unwrap());
+    let refused = |tier: &str, why: &str| {
+        let told = Store::open(configured(tier, "ram,limit=8M")).err().unwrap().to_string();
+        assert!(told.contains(why) && !told.contains('\n'), "{told}");
+    };
+    let others = format!(",ca={}", file("other-cert.pem"));
+    refused(&tier("localhost/", &others), "certificate");
+    refused(&tier("elsewhere/", &given), "certificate");
+    refused(&tier("localhost/", ",ca=/nowhere"), "No such file");
+    refused(&format!("nbd:{},size=64M", server.uri()), "TLS");
+    // A server that does not speak it: nothing goes there in the clear.
+    server.kill();
+    server.change(&["memory", "80M"]);
+    server.start_again();
+    refused(&tier("localhost/", &given), "refuses");
 }
 
 #[test]

@@ -48,6 +48,8 @@ const MOST_UNREADABLE: usize = 64;
 /// How long a tier that failed rests at first, and at most.
 const REST: Duration = Duration::from_secs(1);
 const LONGEST_REST: Duration = Duration::from_secs(30);
+/// How long a server has to be away to be told of.
+const TELL_AFTER: Duration = Duration::from_secs(1);
 /// How often to look whether a server's export is still ours, while it is written to.
 const LOOK_EVERY: Duration = Duration::from_secs(10);
 
@@ -77,6 +79,7 @@ pub(super) struct Mover {
     rest: Duration,
     resting_until: Option<Instant>,
     looked: Option<Instant>,
+    told_away: bool,
     /// When to look for extents to bring up again, after one for which there was no room, or when too many could not
     /// be read.
     compact_after: Option<Instant>,
@@ -110,6 +113,7 @@ impl Mover {
             rest: REST,
             resting_until: None,
             looked: None,
+            told_away: false,
             compact_after: None,
             unreadable: Vec::with_capacity(MOST_UNREADABLE),
             shared,
@@ -231,11 +235,20 @@ impl Mover {
 
     /// A server that is not there. Nobody waits for it here; after a while it counts as failing.
     fn is_away(&mut self, lower: &Lower) -> bool {
-        let Some(remote) = lower.medium.remote().filter(|remote| !remote.is_up()) else { return false };
-        if remote.is_lost() && !lower.counts.failing.load(Ordering::Relaxed) {
-            self.judge(lower, Some("the server is away, or is another".into()));
+        let Some(remote) = lower.medium.remote() else { return false };
+        let for_long = remote.away();
+        let away = for_long.is_some();
+        // A connection that breaks and is there again at once is nothing to tell of.
+        let tell = for_long.is_some_and(|for_long| self.told_away || for_long >= TELL_AFTER);
+        match (tell, std::mem::replace(&mut self.told_away, tell)) {
+            (true, false) => remote.tell_why(|why| tracing::warn!("{lower}: {why}; it is waited for")),
+            (false, true) => tracing::warn!("{lower}: there again"),
+            _ => {}
         }
-        true
+        if away && remote.is_lost() && !lower.counts.failing.load(Ordering::Relaxed) {
+            self.judge(lower, Some("it is away".into()));
+        }
+        away
     }
 
     /// Looks now and then whether a server's export is still ours, before anything is written there.

@@ -2,7 +2,7 @@
 //!
 //! It connects, agrees on the export, looks whose it is, serves until something breaks, gives back what was not
 //! answered, rests, and begins again. With TLS it allocates (rustls does); else nothing after its first connection.
-//! It waits only in `poll`, with a bound. The first carrier also tells that the server is gone, or there again.
+//! It waits only in `poll`, with a bound, and logs nothing: the mover does (`store/demote.rs`).
 
 use super::conversation::{Conversation, LEAST_PAYLOAD};
 use super::office::{Office, Sleep};
@@ -30,7 +30,6 @@ const IDLE_LOOK: Duration = Duration::from_secs(5);
 
 /// The way to a server, all of it looked up beforehand.
 pub(super) struct Way {
-    pub uri: String,
     pub addresses: Vec<SockAddr>,
     pub export: String,
     pub tls: Option<(Arc<ClientConfig>, ServerName<'static>)>,
@@ -43,6 +42,8 @@ pub(super) struct Carrier {
     post: Post,
     talk: Conversation,
     pause: Duration,
+    /// It has a connection that serves.
+    up: bool,
     /// A server whose connections do not agree with each other has one of them only.
     alone: bool,
 }
@@ -51,7 +52,7 @@ impl Carrier {
     /// All that it needs is there afterwards.
     pub fn new(number: usize, office: Arc<Office>, way: Arc<Way>) -> crate::Result<Carrier> {
         let (post, talk) = (Post::new()?, Conversation::new());
-        Ok(Carrier { number, office, way, post, talk, pause: PAUSE, alone: false })
+        Ok(Carrier { number, office, way, post, talk, pause: PAUSE, up: false, alone: false })
     }
 
     pub fn run(mut self) {
@@ -62,6 +63,9 @@ impl Carrier {
                     Err(failure) => failure,
                 };
                 self.note(why);
+                if std::mem::take(&mut self.up) {
+                    self.office.leave();
+                }
             }
             self.rest();
         }
@@ -123,12 +127,7 @@ impl Carrier {
         if first_known {
             self.office.wake_all();
         }
-        let mut up = false;
-        let why = self.serve(&mut transport, export, &mut up).err();
-        if up && self.office.leave() && !self.stopped() {
-            let why = why.as_ref().map_or_else(String::new, Failure::to_string);
-            tracing::warn!("{}: {why}; what is there is waited for", self.way.uri);
-        }
+        let why = self.serve(&mut transport, export).err();
         while let Some(held) = self.talk.take_back() {
             self.office.give_back(held);
         }
@@ -141,7 +140,7 @@ impl Carrier {
     }
 
     /// Ends well when told to.
-    fn serve(&mut self, transport: &mut Transport, export: &Export, up: &mut bool) -> Result<(), Failure> {
+    fn serve(&mut self, transport: &mut Transport, export: &Export) -> Result<(), Failure> {
         let mut asked = false;
         let mut known = false;
         while !self.stopped() {
@@ -159,12 +158,10 @@ impl Carrier {
                     known = true;
                 }
             }
-            if known == asked && !*up {
-                *up = true;
+            if known == asked && !self.up {
+                self.up = true;
                 self.pause = PAUSE;
-                if self.office.come() && self.office.identity.get().is_some() {
-                    tracing::info!("{}: connected", self.way.uri);
-                }
+                self.office.come();
             }
             let takes = known == asked;
             let left = takes && self.take_some();
@@ -174,7 +171,7 @@ impl Carrier {
             if left && self.talk.has_room() {
                 continue;
             }
-            if left || !*up {
+            if left || !self.up {
                 self.office.expire(&mut self.post);
             }
             self.look_at_clock()?;
@@ -244,12 +241,7 @@ impl Carrier {
             return;
         }
         if matches!(why, Failure::Replaced) && !self.office.is_up() {
-            if !self.office.stranger.swap(true, Ordering::Relaxed) {
-                tracing::error!(
-                    "{}: what is there is not what this arena's pages went to; they cannot be read",
-                    self.way.uri
-                );
-            }
+            self.office.stranger.store(true, Ordering::Relaxed);
             self.pause = LONGEST_PAUSE;
         } else if !matches!(why, Failure::Replaced) {
             self.office.stranger.store(false, Ordering::Relaxed);

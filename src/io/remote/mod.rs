@@ -64,8 +64,7 @@ impl Remote {
     pub fn start(tier: &DiskTier, nbd: &NbdPlace, thread_start: Option<fn(&str)>) -> Result<Remote> {
         Post::check()?;
         let tls = nbd.tls.as_ref().map(tls::load).transpose().map_err(|why| bad(tier, &why))?;
-        let way =
-            Arc::new(Way { uri: nbd.uri.clone(), addresses: look_up(tier, nbd)?, export: nbd.export.clone(), tls });
+        let way = Arc::new(Way { addresses: look_up(tier, nbd)?, export: nbd.export.clone(), tls });
         let count = usize::from(nbd.connections.unwrap_or(CONNECTIONS));
         let timeout = Duration::from_secs(nbd.timeout_s.into());
         let office =
@@ -97,7 +96,12 @@ impl Remote {
         while !self.office.is_up() {
             let failure = self.office.failure.lock().unwrap_or_else(PoisonError::into_inner);
             // What is refused is refused the second time too.
-            let hopeless = matches!(*failure, Some(Failure::Refused { .. } | Failure::Rude(_)));
+            let hopeless = match &*failure {
+                Some(Failure::Refused { .. } | Failure::Rude(_)) => true,
+                // A certificate that is not believed.
+                Some(Failure::Io(e)) => e.kind() == std::io::ErrorKind::InvalidData,
+                _ => false,
+            };
             if hopeless || begun.elapsed() >= CONNECT_TIME {
                 let why = failure.as_ref().map_or_else(|| "no answer from the server".into(), Failure::to_string);
                 return Err(bad(&self.tier, &why));
@@ -129,9 +133,20 @@ impl Remote {
         self.office.is_up()
     }
 
+    /// How long there has been none.
+    pub fn away(&self) -> Option<Duration> {
+        self.office.away()
+    }
+
     /// Whoever asks now is refused: the server has been away for long, or is another.
     pub fn is_lost(&self) -> bool {
         self.office.is_lost()
+    }
+
+    /// Has somebody told why there is no connection.
+    pub fn tell_why(&self, tell: impl FnOnce(&Failure)) {
+        let failure = self.office.failure.lock().unwrap_or_else(PoisonError::into_inner);
+        tell(failure.as_ref().unwrap_or(&Failure::Io(std::io::ErrorKind::NotConnected.into())));
     }
 
     /// Makes it a tier with this identity, unless it holds what is not ours.

@@ -212,16 +212,16 @@ impl Office {
         self.begun.elapsed().as_millis() as u64
     }
 
-    /// A connection begins to serve. True: the first one.
-    pub fn come(&self) -> bool {
+    /// A connection begins to serve.
+    pub fn come(&self) {
         self.stranger.store(false, Ordering::Relaxed);
-        self.up.fetch_add(1, Ordering::SeqCst) == 0
+        self.up.fetch_add(1, Ordering::SeqCst);
     }
 
-    /// A connection that served is no more. True: the last one.
-    pub fn leave(&self) -> bool {
+    /// A connection that served is no more.
+    pub fn leave(&self) {
         self.left_ms.store(self.now_ms(), Ordering::Relaxed);
-        self.up.fetch_sub(1, Ordering::SeqCst) == 1
+        self.up.fetch_sub(1, Ordering::SeqCst);
     }
 
     /// From now on a store counts on it.
