@@ -196,7 +196,7 @@ mod models {
                 })
                 .collect();
             let mut out: Vec<_> = table.pop().into_iter().collect();
-            let pushed = pushers.into_iter().filter(|_| true).map(|p| p.join().unwrap()).filter(|ok| *ok).count();
+            let pushed = pushers.into_iter().map(|p| p.join().unwrap()).filter(|ok| *ok).count();
             out.extend(std::iter::from_fn(|| table.pop()));
             assert_eq!(out.len(), pushed);
             assert!(out.iter().all(|r| *r == request(r.at)) && !table.has_any());
