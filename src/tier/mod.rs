@@ -155,8 +155,8 @@ impl Lower {
 
     /// Whether it may be written to; tries to make it so. Mover only.
     pub fn claim(&self) -> bool {
-        let claimed =
-            self.claimed.load(Ordering::Relaxed) || self.medium.claim().is_ok() && self.medium.check(&self.id).is_ok();
+        let try_it = || self.medium.claim().is_ok() && self.medium.check(&self.id).is_ok();
+        let claimed = self.claimed.load(Ordering::Relaxed) || self.wait_for(try_it);
         self.claimed.store(claimed, Ordering::Relaxed);
         claimed
     }
@@ -262,7 +262,7 @@ impl Lower {
         if !self.space().late.is_due(now) {
             return;
         }
-        let answered = self.is_ours(block) && now.elapsed() < TICK;
+        let answered = self.wait_for(|| self.is_ours(block)) && now.elapsed() < TICK;
         let mut space = self.space();
         let space = &mut *space;
         let (mut before, mut count) = ([0; NOTES], 0);

@@ -14,12 +14,14 @@ rc=0
 fail() { echo "FAILED: $*"; rc=1; }
 ghostswap-ublk swapon 0
 : > /tmp/hog.out
-ghostswap-hog --mib "$hog" --threads 2 --seconds "$seconds" --thp "$thp" --hold --check-all > /tmp/hog.out 2>&1 &
+ghostswap-hog --mib "$hog" --threads 2 --seconds "$seconds" --thp "$thp" --hold > /tmp/hog.out 2>&1 &
 hogpid=$!
-died=0
+died=0 looks=0
 while kill -0 $hogpid 2> /dev/null && ! grep -q touches/s /tmp/hog.out; do
     sleep 1
     written=$(number written_segments) || written=0
+    looks=$((looks + 1))
+    [ $((looks % 15)) != 0 ] || echo "$written segments written, $(number fetches) fetches, $(number writes_refused) refused"
     if [ $died -lt "$deaths" ] && [ "${written:-0}" -gt 20 ]; then
         kill -9 "$(number pid)" 2> /dev/null && died=$((died + 1))
         sleep 2
