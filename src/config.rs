@@ -1,8 +1,11 @@
 //! What a user can choose, and the checks that turn it into what the store accepts.
 //! Flags, keys and fields have the same names.
 
+mod nbd;
 mod tier;
 
+pub use nbd::{NbdAddress, NbdPlace, NbdTls};
+pub(crate) use tier::MIN_DISK_BYTES;
 pub use tier::{parse_time, DiskTier, Place, RamTier, TierConfig};
 
 use crate::error::{Error, Result};
@@ -288,7 +291,7 @@ fn in_order(tiers: &[TierConfig]) -> Result<(Vec<&RamTier>, Option<&DiskTier>)> 
     for tier in tiers {
         match tier {
             _ if disk.is_some() => {
-                let why = "nothing goes below a file or block tier: it is the last, and there is one at most";
+                let why = "nothing goes below a file, block or nbd tier: it is the last, and there is one at most";
                 return Err(Error::InvalidConfig(why.into()));
             }
             TierConfig::Ram(tier) => ram.push(tier),

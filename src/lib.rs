@@ -26,6 +26,7 @@ mod error;
 mod io;
 mod log;
 mod map;
+pub mod nbd;
 mod page;
 mod stats;
 mod store;
@@ -39,7 +40,7 @@ pub use config::{StoreConfig, TierConfig};
 #[doc(hidden)]
 pub use crash::set_hook as set_crash_hook;
 pub use error::{Error, Result};
-pub use io::{Buffer, EndedRead, Reads};
+pub use io::{Begun, Buffer, EndedRead, Reads, Source};
 pub use page::{Placement, MAX_VOLUMES, MAX_VOLUME_BYTES, PAGE_BYTES};
 pub use stats::{Stats, TierStats};
 #[cfg(feature = "crash-points")]

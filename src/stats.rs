@@ -81,6 +81,8 @@ pub struct DiskStats {
     pub read_errors: u64,
     /// In extents that were to be compacted or drained and could not be read.
     pub unreadable_bytes: u64,
+    /// In extents of a server's that are kept free for some minutes: a write that broke off may yet come there.
+    pub late_bytes: u64,
     /// Fetches whose blocks were not what was written there.
     pub corrupt: u64,
     /// The last page found so: volume and number.

@@ -16,6 +16,7 @@
 
 mod confined;
 mod ledger;
+mod nbdkit;
 
 use confined::{confine, faults, tid, CAUGHT};
 use ghostswap::{create_arena, Error, Lane, Store, StoreConfig};
@@ -31,6 +32,27 @@ const LANE: &[libc::c_long] = &[libc::SYS_futex, libc::SYS_sched_yield];
 const PATIENT: &[libc::c_long] = &[libc::SYS_futex, libc::SYS_sched_yield, libc::SYS_clock_nanosleep];
 /// With a disk lanes read from it when they are asked to read what is there and to wait for it.
 const DISK: &[libc::c_long] = &[libc::SYS_futex, libc::SYS_sched_yield, libc::SYS_clock_nanosleep, libc::SYS_pread64];
+/// Above a server they wake a carrier, and wait for it.
+const SERVER: &[libc::c_long] = &[libc::SYS_futex, libc::SYS_sched_yield, libc::SYS_clock_nanosleep, libc::SYS_write];
+/// A carrier connects, sends, receives, tells, and waits in `poll`.
+const CARRIER: &[libc::c_long] = &[
+    libc::SYS_socket,
+    libc::SYS_connect,
+    libc::SYS_ioctl,
+    libc::SYS_fcntl,
+    libc::SYS_setsockopt,
+    libc::SYS_getsockopt,
+    libc::SYS_getpeername,
+    libc::SYS_sendmsg,
+    libc::SYS_recvfrom,
+    libc::SYS_close,
+    libc::SYS_poll,
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_io_uring_enter,
+    libc::SYS_futex,
+    libc::SYS_clock_nanosleep,
+];
 const CLEANER: &[libc::c_long] = PATIENT;
 /// Growth makes memory resident, gives it back and asks how much there is (of
 /// /proc/zoneinfo too, by a descriptor that was opened before), and sleeps while a lane
@@ -68,7 +90,8 @@ struct Plan {
     tid: AtomicI32,
     short: AtomicU64,
     patient: bool,
-    disk: bool,
+    /// What else is below memory has lanes call.
+    below: Option<&'static [libc::c_long]>,
     base: u64,
 }
 
@@ -124,10 +147,10 @@ fn work(plan: &Plan, corpus: &[u8]) -> ! {
     let mut rng = Rng(plan.base | 1);
     let mut buf = vec![1; 32 * PAGE];
     plan.tid.store(tid(), Ordering::Release);
-    match plan.patient {
-        _ if plan.disk => confine("a lane above a disk", DISK),
-        true => confine("a lane that may wait", PATIENT),
-        false => confine("a lane", LANE),
+    match (plan.below, plan.patient) {
+        (Some(calls), _) => confine("a lane above a disk", calls),
+        (None, true) => confine("a lane that may wait", PATIENT),
+        (None, false) => confine("a lane", LANE),
     }
     let mut done = 0;
     loop {
@@ -187,6 +210,7 @@ fn on_start(name: &str) {
         }
         // It waits for the disk, and asks for memory where nobody waits for it.
         "mover" => {}
+        "carrier" => confine("a carrier", CARRIER),
         _ => confine("growth", GROWTH),
     }
 }
@@ -231,7 +255,11 @@ impl Bench {
                 tid: AtomicI32::new(0),
                 short: AtomicU64::new(0),
                 patient: k == 0,
-                disk: tier.contains("file:"),
+                below: match tier {
+                    _ if tier.contains("file:") => Some(DISK),
+                    _ if tier.contains("nbd:") => Some(SERVER),
+                    _ => None,
+                },
                 base: k * 3 * RANGE_PAGES * PAGE as u64,
             });
             let (its, corpus) = (plan.clone(), corpus.clone());
@@ -296,9 +324,15 @@ fn confined_store(tier: &str) {
 
 fn confined_store_on(tier: &str, arena: OwnedFd, on_start: fn(&str)) {
     let _no_fork = FORK.read().unwrap();
+    confined_store_with(tier, arena, on_start, || {});
+}
+
+/// `after_warm_up`: what is done then.
+fn confined_store_with(tier: &str, arena: OwnedFd, on_start: fn(&str), after_warm_up: impl FnOnce()) {
     prepare();
     let bench = Bench::open(tier, arena, on_start);
     bench.run(WARM_UP_OPS);
+    after_warm_up();
     let before = bench.faults();
     bench.run(OPS);
     let full = bench.store.stats();
@@ -370,6 +404,24 @@ fn lz4_single_pages_above_a_disk() {
     let file = std::env::temp_dir().join(format!("ghostswap-no-alloc-{}", std::process::id()));
     confined_store(&format!("ram,limit=10M,codec=lz4 + file:{},size=16M", file.display()));
     std::fs::remove_file(file).unwrap();
+}
+
+/// The lanes, and the carriers between them and a server, which dies once and is there again.
+#[test]
+fn lz4_single_pages_above_a_server() {
+    // Starting a server is a fork.
+    let _alone = FORK.write().unwrap();
+    let dir = std::env::temp_dir().join(format!("ghostswap-no-alloc-nbd-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    let file = dir.join("cold");
+    std::fs::File::create(&file).unwrap().set_len(32 << 20).unwrap();
+    let mut server = nbdkit::Nbdkit::start(&dir, &["file", file.to_str().unwrap()]);
+    let tier = format!("ram,limit=10M,codec=lz4 + nbd:{},size=16M", server.uri());
+    confined_store_with(&tier, create_arena(false).unwrap(), on_start, || {
+        server.kill();
+        server.start_again();
+    });
+    std::fs::remove_dir_all(dir).unwrap();
 }
 
 /// That a confined thread is caught at each of these is what the tests above rest on.

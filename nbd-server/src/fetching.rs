@@ -56,7 +56,7 @@ pub struct Fetching {
 impl Fetching {
     pub fn new(lane: &Lane, max_bytes: usize) -> Result<Fetching> {
         let fetch_bytes = lane.fetch_bytes();
-        let reads = if fetch_bytes > 0 && max_bytes > 0 { Some(Reads::new(MAX_READS)?) } else { None };
+        let reads = if fetch_bytes > 0 && max_bytes > 0 { Reads::new(lane, MAX_READS)? } else { None };
         let at_disk = (0..if reads.is_some() { MAX_READS } else { 0 }).map(|_| None).collect();
         Ok(Fetching { reads, fetch_bytes, at_disk, refused: Vec::new(), bytes: 0, max_bytes })
     }
@@ -116,7 +116,7 @@ impl Fetching {
         match waits {
             Waits::Until(until) => self.refused.push((part, until)),
             Waits::Disk(fetch) => {
-                let number = reads.start(fetch.fd(), fetch.at(), fetch.bytes());
+                let number = reads.start(fetch.at(), fetch.bytes());
                 let number = number.expect("there are no more parts than reads may be under way");
                 self.at_disk[number] = Some((part, fetch));
             }

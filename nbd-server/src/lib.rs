@@ -3,7 +3,8 @@
 //! `supervise` keeps the arena and the listening sockets, and a worker that serves. `control` is the
 //! socket by which exports are listed, added and removed. A connection's way: `listen` accepts it, `server` counts it and gives it a thread, `handshake` agrees
 //! on an export and a form of messages, `transmission` answers requests through one `Lane`. Below them
-//! `wire` buffers bytes, in TLS or plain, over any `transport`; `proto` alone knows the layout of messages.
+//! `wire` buffers bytes, in TLS or plain, over any `transport`; `proto` alone knows the layout of messages; it is the
+//! library's, whose tiers speak NBD too.
 //!
 //! `connect` is no part of the server: a client that keeps a device of the kernel's nbd driver connected to one.
 #![forbid(unsafe_code)]
@@ -18,10 +19,11 @@ pub mod fetching;
 pub mod handshake;
 pub mod listen;
 pub mod parked;
-pub mod proto;
 pub mod server;
 pub mod supervise;
 pub mod tls;
 pub mod transmission;
 pub mod transport;
 pub mod wire;
+
+pub use ghostswap::nbd::proto;

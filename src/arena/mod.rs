@@ -112,8 +112,7 @@ impl Arena {
 
     /// Frames, segments and metadata pages of one that is made by this configuration.
     pub fn wanted(c: &Checked) -> [usize; 3] {
-        let g = Geometry::wanted(c, PAGE_BYTES);
-        [g.max_frames as usize, g.max_segments as usize, g.max_meta as usize]
+        Geometry::wanted(c, PAGE_BYTES).sizes()
     }
 
     pub fn max_frames(&self) -> u32 {
@@ -144,6 +143,10 @@ impl Arena {
     /// Not zero: it is to be empty.
     pub fn drain(&self) -> &AtomicU64 {
         Superblock(&self.map).drain()
+    }
+    /// Extents to which writes of this store may come late: a number and one each, or 0.
+    pub fn late(&self) -> &[AtomicU32] {
+        Superblock(&self.map).late()
     }
     /// The limit that was set in the place of the configuration's.
     pub fn limit(&self, configured: u64) -> Option<u64> {

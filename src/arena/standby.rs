@@ -66,6 +66,11 @@ impl Waiting {
         Geometry::found(self.map.file()).ok().flatten().map(|g| g.segment_bytes)
     }
 
+    /// Frames, segments and metadata pages of an arena that is one already.
+    pub fn sizes(&self) -> Option<[usize; 3]> {
+        Geometry::found(self.map.file()).ok().flatten().map(|g| g.sizes())
+    }
+
     /// What an arena that is one already may hold: most pages to a record, codecs.
     pub fn seen(&self) -> Option<(usize, u64)> {
         let MaybeMapped::Mapped(map) = &self.map else { return None };

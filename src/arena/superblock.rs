@@ -8,6 +8,7 @@
 //!      88  16 bytes: the disk tier that pages went to, 0: none · 104 32 bytes: the key they are sealed with
 //!      136 memory limit by the configuration when 144 was set · 144 the limit in its place, 0: none
 //!      152 1: the disk tier is being drained
+//!     1024 64 of 4 bytes: extents of a tier behind a server to which writes may come late, and one; 0: none
 //!     4096 the volumes, 64 bytes each: 0 size in bytes, 0: no such volume · 32 the 8 links of its map's root
 //! ```
 //! Of the volumes only those 4 KiB are there in which there is one.
@@ -21,7 +22,7 @@ use crate::config::Checked;
 use crate::error::{Error, Result};
 use crate::page::{VolumeId, MAX_VOLUMES, MAX_VOLUME_BYTES, PAGE_BYTES};
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
-use crate::tier::extents_in;
+use crate::tier::{extents_in, NOTES};
 
 /// First 8 bytes of an arena.
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"GHOSTSWP");
@@ -40,6 +41,9 @@ const LIMIT_OF_AT: usize = 136;
 const LIMIT_AT: usize = 144;
 const DRAIN_AT: usize = 152;
 const FIELDS_END: usize = 160;
+/// Within the superblock's 4 KiB, which are zero where nothing is said of them. Not among the fields that an arena
+/// has before its magic.
+const LATE_AT: usize = 1024;
 const VOLUMES_AT: usize = START_BYTES;
 const VOLUME_BYTES: usize = 64;
 const ROOT_AT: usize = 32;
@@ -118,6 +122,11 @@ impl Geometry {
             ));
         }
         Ok(Some(g))
+    }
+
+    /// Frames, segments and metadata pages.
+    pub fn sizes(&self) -> [usize; 3] {
+        [self.max_frames as usize, self.max_segments as usize, self.max_meta as usize]
     }
 
     pub fn layout(&self) -> Layout {
@@ -213,6 +222,11 @@ impl<'a> Superblock<'a> {
         self.0.u64_at(DRAIN_AT)
     }
 
+    /// Where writes of this store may land when it is no more.
+    pub fn late(&self) -> &'a [AtomicU32] {
+        self.0.halves_at(LATE_AT, NOTES)
+    }
+
     fn bytes<const N: usize>(&self, at: usize) -> [u8; N] {
         let mut bytes = [0; N];
         for (i, chunk) in bytes.chunks_exact_mut(8).enumerate() {
@@ -289,6 +303,7 @@ mod tests {
         assert_eq!(block.limit(9), None);
         block.set_limit(9, 7);
         block.drain().store(1, Ordering::Relaxed);
+        block.late()[63].store(8, Ordering::Relaxed);
         assert_eq!((block.limit(9), block.limit(8)), (Some(7), None));
         assert_eq!(block.allow(4, 0b10), (4, 0b10));
         assert_eq!(block.allow(1, 0b100), (4, 0b110));
@@ -296,6 +311,7 @@ mod tests {
         let start = map.file().start().unwrap();
         assert_eq!(start[..8], *b"GHOSTSWP");
         assert_eq!((&start[88..104], &start[104..136]), (&[3; 16][..], &[7; 32][..]));
+        assert_eq!(start[1024 + 63 * 4..1024 + 64 * 4], 8u32.to_le_bytes());
         let fields = [(8, VERSION), (16, 65536), (24, 64), (32, 1024), (40, 4), (48, 6), (56, 0), (72, 70)];
         for (at, want) in fields.into_iter().chain([(136, 9), (144, 7), (152, 1)]) {
             assert_eq!(start[at..at + 8], want.to_le_bytes(), "at {at}");

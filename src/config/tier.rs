@@ -1,9 +1,10 @@
 //! A tier as the user gives it: `--tier KIND[:WHERE][,key=value…]`.
 
+use super::nbd::NbdPlace;
 use super::{parse_size, CodecChoice, Limit, MIN_LIMIT_BYTES};
 use crate::page::PAGE_BYTES;
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 /// One `--tier`.
@@ -11,7 +12,8 @@ use std::str::FromStr;
 pub enum TierConfig {
     /// `ram[,limit=SIZE|PERCENT%][,codec=lz4|zstd[:LEVEL]][,group=SIZE][,idle=TIME]`
     Ram(RamTier),
-    /// `file:PATH,size=SIZE[,encrypt=off][,prealloc=off]` or `block:PATH[,size=SIZE][,encrypt=off]`
+    /// `file:PATH,size=SIZE[,encrypt=off][,prealloc=off]` or `block:PATH[,size=SIZE][,encrypt=off]` or
+    /// `nbd:URI[,size=SIZE][,encrypt=off][,connections=N][,timeout=TIME][,ca=PATH][,cert=PATH,key=PATH]`
     Disk(DiskTier),
 }
 
@@ -28,12 +30,12 @@ pub struct RamTier {
     pub idle_s: Option<u32>,
 }
 
-/// A file or a block device, below memory.
+/// A file, a block device or an NBD server's export, below memory.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DiskTier {
-    /// Which of the two.
+    /// Which of them.
     pub place: Place,
-    /// Bytes of it to use. Default: all of a block device.
+    /// Bytes of it to use. Default: all of a block device or an export.
     pub size: Option<u64>,
     /// Whether what goes there is encrypted. Otherwise it is only checked. Default: it is.
     pub encrypt: bool,
@@ -49,6 +51,8 @@ pub enum Place {
     File(PathBuf),
     /// A block device, all of it.
     Block(PathBuf),
+    /// An export of an NBD server, all of it.
+    Nbd(Box<NbdPlace>),
 }
 
 impl Default for RamTier {
@@ -58,10 +62,11 @@ impl Default for RamTier {
 }
 
 impl Place {
-    /// Its path.
-    pub fn path(&self) -> &std::path::Path {
+    /// Its path, or URI.
+    pub fn path(&self) -> &Path {
         match self {
             Place::File(path) | Place::Block(path) => path,
+            Place::Nbd(nbd) => Path::new(&nbd.uri),
         }
     }
 }
@@ -74,6 +79,9 @@ impl FromStr for TierConfig {
         if ["file", "file:", "block", "block:"].contains(&head) {
             return Err(format!("tier '{head}' wants a path, as in file:/var/lib/ghostswap/cold,size=64G"));
         }
+        if ["nbd", "nbd:"].contains(&head) {
+            return Err(format!("tier '{head}' wants a URI, as in nbd:nbd://pool.example/cold"));
+        }
         match head.split_once(':') {
             // A daemon has no working directory of its user's.
             Some(("file" | "block", path)) if !path.starts_with('/') => {
@@ -82,7 +90,8 @@ impl FromStr for TierConfig {
             None if head == "ram" => ram(options).map(TierConfig::Ram),
             Some(("file", path)) => disk(Place::File(path.into()), options).map(TierConfig::Disk),
             Some(("block", path)) => disk(Place::Block(path.into()), options).map(TierConfig::Disk),
-            _ => Err(format!("unknown tier '{head}': known kinds are: ram, file:PATH, block:PATH")),
+            Some(("nbd", uri)) => disk(Place::Nbd(Box::new(NbdPlace::parse(uri)?)), options).map(TierConfig::Disk),
+            _ => Err(format!("unknown tier '{head}': known kinds are: ram, file:PATH, block:PATH, nbd:URI")),
         }
     }
 }
@@ -112,13 +121,19 @@ fn ram<'a>(options: impl Iterator<Item = &'a str>) -> Result<RamTier, String> {
 }
 
 /// Smallest disk tier: a few of the largest segments.
-const MIN_DISK_BYTES: u64 = 16 << 20;
+pub(crate) const MIN_DISK_BYTES: u64 = 16 << 20;
 
 fn disk<'a>(place: Place, options: impl Iterator<Item = &'a str>) -> Result<DiskTier, String> {
     let file = matches!(place, Place::File(_));
     let mut tier = DiskTier { place, size: None, encrypt: true, prealloc: true };
     for part in options {
         let (key, value) = key_and_value(part)?;
+        if let Place::Nbd(nbd) = &mut tier.place {
+            if let Some(set) = nbd.set(key, value) {
+                set?;
+                continue;
+            }
+        }
         match key {
             "size" => tier.size = Some(parse_size(value)?),
             "encrypt" => tier.encrypt = on_or_off(key, value)?,
@@ -126,8 +141,15 @@ fn disk<'a>(place: Place, options: impl Iterator<Item = &'a str>) -> Result<Disk
             _ if file => {
                 return Err(format!("unknown option '{key}' of a file tier: known are size, encrypt, prealloc"))
             }
+            _ if matches!(tier.place, Place::Nbd(_)) => {
+                let known = "size, encrypt, connections, timeout, ca, cert, key";
+                return Err(format!("unknown option '{key}' of an nbd tier: known are {known}"));
+            }
             _ => return Err(format!("unknown option '{key}' of a block tier: known are size, encrypt")),
         }
+    }
+    if let Place::Nbd(nbd) = &tier.place {
+        nbd.check()?;
     }
     match tier.size {
         None if file => Err("a file tier wants a size, as in file:/var/lib/ghostswap/cold,size=64G".into()),
@@ -190,11 +212,16 @@ impl fmt::Display for DiskTier {
         match &self.place {
             Place::File(path) => write!(f, "file:{}", path.display())?,
             Place::Block(path) => write!(f, "block:{}", path.display())?,
+            Place::Nbd(nbd) => write!(f, "nbd:{}", nbd.uri)?,
         }
         self.size.map_or(Ok(()), |b| write!(f, ",size={b}"))?;
         let off = |f: &mut fmt::Formatter<'_>, on: bool, key| if on { Ok(()) } else { write!(f, ",{key}=off") };
         off(f, self.encrypt, "encrypt")?;
-        off(f, self.prealloc, "prealloc")
+        off(f, self.prealloc, "prealloc")?;
+        match &self.place {
+            Place::Nbd(nbd) => nbd.fmt(f),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -216,6 +243,9 @@ mod tests {
             "ram,idle=10m",
             "file:/a/b,size=1G,encrypt=off,prealloc=off",
             "block:/dev/x",
+            "nbd:nbd://host/cold",
+            "nbd:nbd+unix:///x?socket=/run/s,size=1T,encrypt=off,connections=4,timeout=5s",
+            "nbd:nbds://host:1/x,ca=/a,cert=/b,key=/c",
         ] {
             let t = parsed(s);
             assert_eq!(parsed(&t.to_string()), t);
@@ -239,6 +269,19 @@ mod tests {
             "file:cold,size=1G",
             "block:/x,prealloc=on",
             "file:/x,size=1G,encrypt=maybe",
+            "nbd",
+            "nbd:",
+            "nbd:host/x",
+            "nbd:nbd://host/x,prealloc=off",
+            "nbd:nbd://host/x,connections=0",
+            "nbd:nbd://host/x,connections=9",
+            "nbd:nbd://host/x,timeout=0s",
+            "nbd:nbd://host/x,size=1M",
+            "nbd:nbd://host/x,ca=/a",
+            "nbd:nbds://host/x",
+            "nbd:nbds://host/x,ca=a",
+            "nbd:nbds://host/x,ca=/a,cert=/b",
+            "nbd:nbds+unix:///x?socket=/s,ca=/a",
         ] {
             let e = bad.parse::<TierConfig>().unwrap_err();
             assert!(!e.contains('\n'), "{e}");

@@ -25,7 +25,7 @@ const MAGIC: &[u8; 8] = b"GHOSTLOW";
 const VERSION: u64 = 1;
 const ID_AT: usize = 16;
 /// Where file systems, swap areas, volume managers and partition tables say what they are.
-const SIGNATURES_BYTES: usize = 128 << 10;
+pub(super) const SIGNATURES_BYTES: usize = 128 << 10;
 
 /// A tier's identity.
 pub(crate) type TierKey = [u8; 16];
@@ -106,22 +106,14 @@ impl Backing {
                 n => there += n,
             }
         }
-        let ours = start.starts_with(MAGIC);
-        if !ours && start[..there].iter().any(|b| *b != 0) {
-            return Err(bad(&self.tier, "it holds something else: remove that first (rm, wipefs -a)"));
-        }
+        check_free(&self.tier, &start[..there])?;
         if matches!(self.tier.place, Place::File(_)) {
             self.file.set_len(self.bytes).map_err(io)?;
             if self.tier.prealloc {
                 self.take_space()?;
             }
         }
-        let mut head = Buffer::new(BLOCK_BYTES);
-        head.fill(0);
-        head[..8].copy_from_slice(MAGIC);
-        head[8..16].copy_from_slice(&VERSION.to_le_bytes());
-        head[ID_AT..ID_AT + 16].copy_from_slice(id);
-        self.file.write_all_at(&head, 0).map_err(io)
+        self.file.write_all_at(&head_of(id), 0).map_err(io)
     }
 
     fn take_space(&self) -> Result<()> {
@@ -144,8 +136,7 @@ impl Backing {
     pub fn check(&self, id: &TierKey) -> Result<()> {
         let mut head = Buffer::new(BLOCK_BYTES);
         self.file.read_exact_at(&mut head, 0).map_err(|e| bad(&self.tier, &e.to_string()))?;
-        let version = u64::from_le_bytes(head[8..16].try_into().expect("8 bytes"));
-        match head.starts_with(MAGIC) && version == VERSION && head[ID_AT..ID_AT + 16] == id[..] {
+        match is_head_of(&head, id) {
             true => Ok(()),
             false => Err(bad(&self.tier, "it is not the one that this arena's pages went to")),
         }
@@ -166,7 +157,7 @@ impl Backing {
                 let _ =
                     unsafe { libc::fallocate(self.file.as_raw_fd(), mode, at as libc::off_t, bytes as libc::off_t) };
             }
-            Place::Block(_) => {
+            Place::Block(_) | Place::Nbd(_) => {
                 // Linux include/uapi/linux/fs.h: _IO(0x12, 119).
                 const BLKDISCARD: libc::c_ulong = 0x1277;
                 let range = [at, bytes];
@@ -183,7 +174,31 @@ impl fmt::Display for Backing {
     }
 }
 
-fn bad(tier: &DiskTier, why: &str) -> Error {
+/// The first block of the tier with this identity.
+pub(super) fn head_of(id: &TierKey) -> Buffer {
+    let mut head = Buffer::new(BLOCK_BYTES);
+    head.fill(0);
+    head[..8].copy_from_slice(MAGIC);
+    head[8..16].copy_from_slice(&VERSION.to_le_bytes());
+    head[ID_AT..ID_AT + 16].copy_from_slice(id);
+    head
+}
+
+/// Whether this is the first block of the tier with this identity.
+pub(super) fn is_head_of(head: &[u8], id: &TierKey) -> bool {
+    head.starts_with(MAGIC) && head[8..16] == VERSION.to_le_bytes() && head[ID_AT..ID_AT + 16] == id[..]
+}
+
+/// Whether a place that begins with this may be made a tier. True: it was one.
+pub(super) fn check_free(tier: &DiskTier, start: &[u8]) -> Result<bool> {
+    let ours = start.starts_with(MAGIC);
+    match !ours && start.iter().any(|b| *b != 0) {
+        true => Err(bad(tier, "it holds something else: remove that first (rm, wipefs -a)")),
+        false => Ok(ours),
+    }
+}
+
+pub(super) fn bad(tier: &DiskTier, why: &str) -> Error {
     Error::BadTier { tier: tier.place.path().display().to_string(), why: why.into() }
 }
 

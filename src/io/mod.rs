@@ -1,13 +1,17 @@
 //! What a disk tier asks of the operating system: files and block devices read and written past the page
-//! cache, in whole blocks. Knows nothing of segments.
+//! cache, in whole blocks, and servers over sockets. Knows nothing of segments.
 
 mod backing;
 mod buffer;
+mod medium;
 mod reads;
+mod remote;
 mod writes;
 
 pub(crate) use backing::{Backing, TierKey};
 pub use buffer::Buffer;
+pub(crate) use medium::Medium;
+pub use medium::{Begun, Source};
 pub use reads::{EndedRead, Reads};
 pub(crate) use writes::{EndedWrite, Writes};
 

@@ -1,18 +1,22 @@
-//! Reads that are under way while their thread does other things: through an io_uring of its own, each into
+//! Reads that are under way while their thread does other things: told of in an io_uring of its own, each into
 //! a buffer of its own. Its descriptor is readable once one has ended, so it can be waited for beside others.
 #![allow(unsafe_code, reason = "submitting buffers that stay until the kernel has done with them")]
 
-use super::Buffer;
+use super::{Begun, Buffer, Source};
 use crate::error::{Error, Result};
+use crate::Lane;
 use io_uring::{opcode, types, IoUring};
 use std::io::ErrorKind;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 /// One thread's reads.
 pub struct Reads {
     ring: IoUring,
+    source: Source,
     /// By the number that a read was given. None: that number is free.
     buffers: Vec<Option<(Buffer, usize)>>,
+    /// Reads that could not begin yet, and from where on.
+    held_back: Vec<(usize, u64)>,
 }
 
 /// A read that has ended.
@@ -26,11 +30,15 @@ pub struct EndedRead {
 }
 
 impl Reads {
-    /// For at most so many at a time.
-    pub fn new(most: usize) -> Result<Reads> {
-        let entries = most.next_power_of_two() as u32;
-        let ring = IoUring::new(entries).map_err(|source| Error::System { what: "io_uring_setup", source })?;
-        Ok(Reads { ring, buffers: (0..most).map(|_| None).collect() })
+    /// For at most so many at a time of a lane's store. None: there is nothing to be read from.
+    pub fn new(lane: &Lane, most: usize) -> Result<Option<Reads>> {
+        let ring = new_ring(most)?;
+        let source = lane.source(ring_fd(&ring))?;
+        Ok(source.map(|source| Reads::of(ring, source, most)))
+    }
+
+    fn of(ring: IoUring, source: Source, most: usize) -> Reads {
+        Reads { ring, source, buffers: (0..most).map(|_| None).collect(), held_back: Vec::with_capacity(most) }
     }
 
     /// Whether none is under way.
@@ -40,16 +48,42 @@ impl Reads {
 
     /// Begins to read `bytes` (whole blocks, not none) from byte `at` on, and says what number it has: less
     /// than the most there may be, and no other that is under way has it. None: so many are under way.
-    pub fn start(&mut self, fd: RawFd, at: u64, bytes: usize) -> Option<usize> {
+    pub fn start(&mut self, at: u64, bytes: usize) -> Option<usize> {
         let number = self.buffers.iter().position(Option::is_none)?;
-        let (buffer, _) = self.buffers[number].insert((Buffer::new(bytes), bytes));
-        let entry = opcode::Read::new(types::Fd(fd), buffer.as_mut_ptr(), bytes as u32).offset(at);
-        // SAFETY: the buffer is kept until the read's completion was seen: see `ended` and `Drop`. Moving it
-        // does not move its bytes.
-        let pushed = unsafe { self.ring.submission().push(&entry.build().user_data(number as u64)) };
-        pushed.expect("a ring has an entry for each of its reads");
-        self.submit();
+        self.buffers[number] = Some((Buffer::new(bytes), bytes));
+        if !self.begin(number, at) {
+            self.held_back.push((number, at));
+        }
         Some(number)
+    }
+
+    /// False: not now.
+    fn begin(&mut self, number: usize, at: u64) -> bool {
+        let (buffer, bytes) = self.buffers[number].as_mut().expect("a read has a buffer");
+        let (place, bytes, user_data) = (buffer.as_mut_ptr(), *bytes, number as u64);
+        // SAFETY: the buffer is kept until the read's completion was seen: see `ended` and `Drop`. Moving it
+        // does not move its bytes. The source goes after that.
+        match unsafe { self.source.begin(at, bytes, place, user_data) } {
+            Begun::ByOthers => return true,
+            Begun::NotNow => return false,
+            Begun::ByYou(fd) => {
+                let entry = opcode::Read::new(types::Fd(fd), place, bytes as u32).offset(at);
+                // SAFETY: as above.
+                let pushed = unsafe { self.ring.submission().push(&entry.build().user_data(user_data)) };
+                pushed.expect("a ring has an entry for each of its reads");
+            }
+        }
+        self.submit();
+        true
+    }
+
+    fn begin_held_back(&mut self) {
+        while let Some((number, at)) = self.held_back.last().copied() {
+            if !self.begin(number, at) {
+                return;
+            }
+            self.held_back.pop();
+        }
     }
 
     /// One that has ended, if there is one.
@@ -57,6 +91,7 @@ impl Reads {
         if !self.ring.submission().is_empty() {
             self.submit();
         }
+        self.begin_held_back();
         let done = self.ring.completion().next()?;
         let number = done.user_data() as usize;
         let (buffer, bytes) = self.buffers[number].take().expect("a read ends once");
@@ -80,17 +115,31 @@ impl Reads {
 
 impl AsFd for Reads {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: the ring's descriptor is open as long as the ring is.
-        unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) }
+        ring_fd(&self.ring)
     }
+}
+
+fn new_ring(most: usize) -> Result<IoUring> {
+    let entries = most.next_power_of_two() as u32;
+    IoUring::new(entries).map_err(|source| Error::System { what: "io_uring_setup", source })
+}
+
+fn ring_fd(ring: &IoUring) -> BorrowedFd<'_> {
+    // SAFETY: the ring's descriptor is open as long as the ring is.
+    unsafe { BorrowedFd::borrow_raw(ring.as_raw_fd()) }
 }
 
 impl Drop for Reads {
     fn drop(&mut self) {
         while !self.is_empty() {
             while self.ended().is_some() {}
+            // Others are asked for many at this moment. It is not for long.
+            if !self.held_back.is_empty() {
+                std::thread::sleep(std::time::Duration::from_millis(1));
+                continue;
+            }
             if !self.is_empty() && self.ring.submit_and_wait(1).is_err_and(|e| e.kind() != ErrorKind::Interrupted) {
-                // The kernel may write to the buffers yet: they must not go.
+                // The kernel, or a carrier, may write to the buffers yet: they must not go.
                 return std::mem::forget(std::mem::take(&mut self.buffers));
             }
         }
@@ -109,9 +158,8 @@ mod tests {
         std::fs::write(&path, &bytes).unwrap();
         let file = std::fs::File::open(&path).unwrap();
         std::fs::remove_file(&path).unwrap();
-        let mut reads = Reads::new(4).unwrap();
-        let start =
-            |reads: &mut Reads, block: usize| reads.start(file.as_raw_fd(), (block * BLOCK_BYTES) as u64, BLOCK_BYTES);
+        let mut reads = Reads::of(new_ring(4).unwrap(), Source::disk(file.as_raw_fd()), 4);
+        let start = |reads: &mut Reads, block: usize| reads.start((block * BLOCK_BYTES) as u64, BLOCK_BYTES);
         // The last one is beyond the end of the file.
         let mut blocks: Vec<usize> = [0, 3, 7, 8].into();
         let numbers: Vec<_> = blocks.iter().map(|block| start(&mut reads, *block).unwrap()).collect();

@@ -5,7 +5,8 @@
 //! a page of it meanwhile waits behind them.
 #![allow(unsafe_code, reason = "submitting buffers that stay until the kernel has done with them")]
 
-use super::{Backing, Buffer};
+use super::remote::{decode, Kind, Reply, Request};
+use super::{Buffer, Medium};
 use crate::error::{system, Error, Result};
 use io_uring::{opcode, types, IoUring};
 use std::io::ErrorKind;
@@ -56,6 +57,7 @@ struct Write {
     ended: usize,
     since: Instant,
     result: std::io::Result<()>,
+    late: bool,
 }
 
 /// A piece on its way.
@@ -73,6 +75,8 @@ pub(crate) struct EndedWrite {
     pub bytes: usize,
     pub took: Duration,
     pub result: std::io::Result<()>,
+    /// It may be written there once more, later.
+    pub late: bool,
 }
 
 impl Writes {
@@ -101,15 +105,15 @@ impl Writes {
     }
 
     /// Begins to write the first `bytes` of a free buffer to byte `at` on.
-    pub fn start(&mut self, backing: &Backing, buffer: usize, bytes: usize, at: u64) {
-        let write = Write { at, bytes, begun: 0, ended: 0, since: Instant::now(), result: Ok(()) };
+    pub fn start(&mut self, medium: &Medium, buffer: usize, bytes: usize, at: u64) {
+        let write = Write { at, bytes, begun: 0, ended: 0, since: Instant::now(), result: Ok(()), late: false };
         let before = self.writes[buffer].replace(write);
         assert!(before.is_none(), "the buffer was free");
-        self.send(backing);
+        self.send(medium);
     }
 
     /// Waits until one has ended. None: there is none.
-    pub fn wait(&mut self, backing: &Backing) -> Option<EndedWrite> {
+    pub fn wait(&mut self, medium: &Medium) -> Option<EndedWrite> {
         loop {
             if self.is_empty() {
                 return None;
@@ -117,15 +121,15 @@ impl Writes {
             if let Some(buffer) = self.writes.iter().position(|w| w.as_ref().is_some_and(Write::is_over)) {
                 let write = self.writes[buffer].take().expect("it was just seen");
                 let took = write.since.elapsed();
-                return Some(EndedWrite { buffer, bytes: write.bytes, took, result: write.result });
+                return Some(EndedWrite { buffer, bytes: write.bytes, took, result: write.result, late: write.late });
             }
-            self.send(backing);
+            self.send(medium);
             self.hear(1);
         }
     }
 
     /// Sends pieces, of the write first begun first, as far as the window goes.
-    fn send(&mut self, backing: &Backing) {
+    fn send(&mut self, medium: &Medium) {
         let on_the_way = self.pieces.iter().flatten().count();
         for _ in on_the_way..self.window.0 {
             let due = self.writes.iter().enumerate().filter_map(|(n, write)| {
@@ -133,7 +137,7 @@ impl Writes {
                 write.has_more().then_some((write.since, n))
             });
             let Some((_, buffer)) = due.min() else { break };
-            self.send_piece(backing, buffer);
+            self.send_piece(medium, buffer);
         }
         match self.ring.submit() {
             Ok(_) => {}
@@ -143,20 +147,27 @@ impl Writes {
         }
     }
 
-    fn send_piece(&mut self, backing: &Backing, buffer: usize) {
+    fn send_piece(&mut self, medium: &Medium, buffer: usize) {
         let free = self.pieces.iter().position(Option::is_none).expect("the window is no larger than the table");
         let write = self.writes[buffer].as_mut().expect("it has more");
         let bytes = (write.bytes - write.begun).min(PIECE_BYTES);
         let piece = &self.buffers[buffer][write.begun..write.begun + bytes];
-        let entry = opcode::Write::new(types::Fd(backing.fd().as_raw_fd()), piece.as_ptr(), bytes as u32)
-            .offset(write.at + write.begun as u64)
-            .build();
-        // SAFETY: the buffer stays, and nobody gets at it, until the piece's completion was seen: see `free` and
-        // `Drop`.
-        let pushed = unsafe { self.ring.submission().push(&entry.user_data(free as u64)) };
-        pushed.expect("a ring has an entry for each of its pieces");
+        let at = write.at + write.begun as u64;
         write.begun += bytes;
         self.pieces[free] = Some(Piece { buffer, bytes, since: Instant::now() });
+        let backing = match medium {
+            Medium::Disk(backing) => backing,
+            Medium::Remote(remote) => {
+                let reply = Reply::Ring(self.ring.as_raw_fd(), free as u64);
+                let (buffer, bytes) = (piece.as_ptr() as usize, bytes as u32);
+                return remote.push(&Request { kind: Kind::Write, at, bytes, buffer, reply });
+            }
+        };
+        let entry = opcode::Write::new(types::Fd(backing.fd().as_raw_fd()), piece.as_ptr(), bytes as u32).offset(at);
+        // SAFETY: the buffer stays, and nobody gets at it, until the piece's completion was seen: see `free` and
+        // `Drop`.
+        let pushed = unsafe { self.ring.submission().push(&entry.build().user_data(free as u64)) };
+        pushed.expect("a ring has an entry for each of its pieces");
     }
 
     /// Waits for so many completions, and takes what there are.
@@ -172,10 +183,12 @@ impl Writes {
             self.window = self.window.after(piece.since.elapsed());
             let write = self.writes[piece.buffer].as_mut().expect("a write has all its pieces heard of");
             write.ended += piece.bytes;
-            let result = match done.result() {
-                n if n == piece.bytes as i32 => Ok(()),
-                n if n < 0 => Err(std::io::Error::from_raw_os_error(-n)),
-                _ => Err(ErrorKind::WriteZero.into()),
+            let (result, late) = decode(done.result());
+            write.late |= late;
+            let result = match result {
+                Ok(n) if n as usize == piece.bytes => Ok(()),
+                Ok(_) => Err(ErrorKind::WriteZero.into()),
+                Err(e) => Err(e),
             };
             if write.result.is_ok() {
                 write.result = result;
@@ -226,7 +239,7 @@ mod tests {
         use crate::config::{DiskTier, Place};
         let path = std::env::temp_dir().join(format!("ghostswap-writes-{}", std::process::id()));
         let tier = DiskTier { place: Place::File(path.clone()), size: Some(4 << 20), encrypt: true, prealloc: false };
-        let backing = Backing::open(&tier).unwrap();
+        let backing = Medium::open(&tier, None).unwrap();
         let mut writes = Writes::new(2, 300 << 10).unwrap();
         assert!(writes.wait(&backing).is_none());
         for n in 0..2u8 {

@@ -7,8 +7,10 @@
 //! lives there now; its frame is free after a grace period. No slot changes: slots name segments, not
 //! places. Killed before that store the segment is in memory and the extent free, after it the reverse.
 //!
-//! A write that fails leaves the segment where it is. The tier then rests, longer each time, and is tried
-//! again; meanwhile the cleaner makes room as if there were no tier.
+//! A write that fails leaves the segment where it is (`demote/trouble.rs`).
+//!
+//! A write to a server may be done later than it seems to have ended, and even after this process has. So it is noted
+//! in the arena before it is sent, and its extent kept free while it may come late (`tier/late.rs`).
 //!
 //! What is asked for again and again is brought up as a whole, in one large read, while memory has more room than
 //! would have others go down: so pages that come back one by one, when an area is swapped off or a machine
@@ -22,6 +24,8 @@
 //! Extents that are mostly dead are read back when free ones run short, and what is live of them written
 //! anew, to memory first. The thread may wait for the disk as long as it likes: nothing waits for it but
 //! writes that find no room. It asks for no memory: the table is there from the start.
+
+mod trouble;
 
 use super::append::{Appender, KEEP_FOR_CLEANER};
 use super::survivors::Copier;
@@ -37,6 +41,7 @@ use crate::tier::{Lower, PAYLOAD};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
+use trouble::{Standing, LONGEST_REST};
 
 /// Segments written at once.
 const WRITES: usize = 4;
@@ -45,11 +50,8 @@ const MOST_A_STEP: usize = 64;
 const NAP: Duration = Duration::from_millis(50);
 /// Segments that cannot be read and are passed over before all are tried again.
 const MOST_UNREADABLE: usize = 64;
-/// How long a tier that failed rests at first, and at most.
-const REST: Duration = Duration::from_secs(1);
-const LONGEST_REST: Duration = Duration::from_secs(30);
 /// How often to look for what a volume wants to have below, when there was nothing.
-const LOOK_EVERY: Duration = Duration::from_millis(500);
+const WANTED_EVERY: Duration = Duration::from_millis(500);
 
 /// What the mover needs that takes memory, made before it is needed.
 pub(super) struct Tools {
@@ -59,6 +61,11 @@ pub(super) struct Tools {
 impl Tools {
     pub fn new(segment_bytes: usize) -> Result<Tools> {
         Ok(Tools { writes: Writes::new(WRITES, segment_bytes.div_ceil(PAYLOAD) * BLOCK_BYTES)? })
+    }
+
+    /// Room to read to while nothing is written.
+    fn block(&mut self) -> &mut [u8] {
+        self.writes.free().expect("nothing is being written").1
     }
 }
 
@@ -73,8 +80,7 @@ pub(super) struct Mover {
     /// By the buffer that they are written from.
     on_the_way: [Option<OnTheWay>; WRITES],
     moving: bool,
-    rest: Duration,
-    resting_until: Option<Instant>,
+    standing: Standing,
     /// When to look for extents to bring up again, after one for which there was no room, or when too many could not
     /// be read.
     compact_after: Option<Instant>,
@@ -119,8 +125,7 @@ impl Mover {
             look_after: Instant::now(),
             on_the_way: [None; WRITES],
             moving: false,
-            rest: REST,
-            resting_until: None,
+            standing: Standing::new(),
             compact_after: None,
             unreadable: Vec::with_capacity(MOST_UNREADABLE),
             shared,
@@ -146,16 +151,21 @@ impl Mover {
         let shared = self.shared.clone();
         let _busy = shared.quiet[2].lock().unwrap_or_else(PoisonError::into_inner);
         let Some(lower) = &shared.lower else { return false };
-        if !lower.claim() || self.resting_until.is_some_and(|until| Instant::now() < until) {
+        if self.is_away(lower) || !lower.claim() || self.standing.rests() {
             return false;
         }
+        lower.tick(&shared.arena, self.tools.block());
         let wanted = demotion(&pressure(&shared, self.moving));
+        let failing = lower.counts.failing.load(Ordering::Relaxed);
+        if failing && (wanted == 0 || shared.draining()) && !self.probe(&shared, lower) {
+            return false;
+        }
         if shared.draining() {
             shared.write_back.store(0, Ordering::Relaxed);
             // As much room as moving down would leave: draining is not to make others wait.
             self.moving = true;
             let drained = wanted == 0 && self.may_compact() && self.bring_up(&shared, lower, |_| true);
-            return drained || lower.discard_one();
+            return drained || lower.discard_one(&shared.arena);
         }
         self.moving = wanted > 0;
         if self.promote(&shared, lower) {
@@ -179,7 +189,7 @@ impl Mover {
             // Nothing of that age is left, or it cannot go. Unless the order is a newer one.
             let _ = shared.write_back.compare_exchange(by_hand, 0, Ordering::Relaxed, Ordering::Relaxed);
         }
-        self.move_wanted(&shared, lower) || compacted || lower.discard_one()
+        self.move_wanted(&shared, lower) || compacted || lower.discard_one(&shared.arena)
     }
 
     /// What a volume wants to have below, a part at a time.
@@ -190,7 +200,7 @@ impl Mover {
         let order = Order { by_pressure: false, wanted_below: true, ..BY_PRESSURE };
         let moved = lower.free() > 0 && self.move_some(s, lower, order);
         if !moved {
-            self.look_after = Instant::now() + LOOK_EVERY;
+            self.look_after = Instant::now() + WANTED_EVERY;
         }
         moved
     }
@@ -212,13 +222,16 @@ impl Mover {
 
     /// False: nothing could be moved. While segments are written, the next ones are sealed.
     fn move_some(&mut self, s: &Shared, lower: &Lower, order: Order) -> bool {
+        if !self.is_ours(lower) {
+            return false;
+        }
         let (mut begun, mut moved, mut failed) = (0, 0, None);
         self.likely.clear();
         loop {
             while failed.is_none() && begun < order.most && self.is_wanted(s, order) && self.begin(s, lower, order) {
                 begun += 1;
             }
-            let Some(ended) = lower.wait_for(|| self.tools.writes.wait(&lower.backing)) else { break };
+            let Some(ended) = lower.wait_for(|| self.tools.writes.wait(&lower.medium)) else { break };
             lower.took(ended.took);
             match self.end(s, lower, ended) {
                 Ok(()) => moved += 1,
@@ -248,14 +261,14 @@ impl Mover {
         while let Some((_, _, segment)) = self.likely.pop() {
             let Some(open) = s.segments.begin_cleaning(&s.arena, segment) else { continue };
             let sequence = s.segments.sealed_as(&s.arena, segment).expect("what is claimed was sealed");
-            let Some(extent) = lower.take() else {
+            let Some(extent) = take_noted(s, lower) else {
                 s.segments.end_cleaning(&s.arena, segment);
                 return false;
             };
             let plain = s.arena.record_bytes(open.frame, 0, open.used);
             let bytes = lower.seal.close(plain, sequence, blocks);
             self.on_the_way[buffer] = Some(OnTheWay { segment, frame: open.frame, extent });
-            self.tools.writes.start(&lower.backing, buffer, bytes, lower.at(extent));
+            self.tools.writes.start(&lower.medium, buffer, bytes, lower.at(extent));
             return true;
         }
         false
@@ -268,7 +281,9 @@ impl Mover {
             s.segments.move_below(&s.arena, way.segment, way.extent);
             lower.counts.bytes_written.fetch_add(ended.bytes as u64, Ordering::Relaxed);
             lower.counts.segments_written.fetch_add(1, Ordering::Relaxed);
-        } else {
+        }
+        lower.settle(&s.arena, way.extent, ended.late);
+        if ended.result.is_err() {
             lower.give(way.extent);
             lower.counts.write_errors.fetch_add(1, Ordering::Relaxed);
         }
@@ -278,26 +293,6 @@ impl Mover {
             s.arena.put_frame(way.frame);
         }
         ended.result
-    }
-
-    /// Lets a tier that failed rest, and says so when it begins and when it is over.
-    fn judge(&mut self, lower: &Lower, failed: Option<String>) {
-        let was = lower.counts.failing.swap(failed.is_some(), Ordering::Relaxed);
-        match failed {
-            Some(why) => {
-                if !was {
-                    tracing::warn!("{lower}: {why}; what was to go there stays in memory, it is tried again");
-                }
-                self.resting_until = Some(Instant::now() + self.rest);
-                self.rest = (self.rest * 2).min(LONGEST_REST);
-            }
-            None => {
-                if was {
-                    tracing::warn!("{lower}: takes pages again");
-                }
-                (self.rest, self.resting_until) = (REST, None);
-            }
-        }
     }
 
     /// Reads the emptiest extent back if free ones are short, and copies what is live of it.
@@ -341,9 +336,8 @@ impl Mover {
     /// Copies what is live of an extent to memory, as old as it was unless told.
     fn bring_up_one(&mut self, s: &Shared, lower: &Lower, id: SegmentId, age_s: Option<u32>) -> bool {
         let Some(below) = s.segments.begin_cleaning_below(&s.arena, id) else { return false };
-        let (_, buffer) = self.tools.writes.free().expect("nothing is being written");
-        let blocks = &mut buffer[..below.used.div_ceil(PAYLOAD) * BLOCK_BYTES];
-        let read = lower.wait_for(|| lower.backing.read(blocks, lower.at(below.extent)));
+        let blocks = &mut self.tools.block()[..below.used.div_ceil(PAYLOAD) * BLOCK_BYTES];
+        let read = lower.wait_for(|| lower.medium.read(blocks, lower.at(below.extent)));
         let plain = read.is_ok().then(|| lower.seal.open(blocks, 0, below.sequence)).flatten();
         let copied = plain.map(|plain| {
             let age_s = age_s.unwrap_or_else(|| s.segments.past(&s.arena, id).0);
@@ -411,6 +405,16 @@ fn choose(likely: &mut Vec<(u8, u64, SegmentId)>, s: &Shared, order: Order) {
     likely.reverse();
 }
 
+/// An extent to write to; that it is written to, the next store would know.
+fn take_noted(s: &Shared, lower: &Lower) -> Option<ExtentNo> {
+    let extent = lower.take()?;
+    let noted = lower.note(&s.arena, extent);
+    if !noted {
+        lower.give(extent);
+    }
+    noted.then_some(extent)
+}
+
 fn pressure(s: &Shared, moving: bool) -> Pressure {
     Pressure {
         frames_ready: s.arena.frames_ready(),
@@ -449,6 +453,7 @@ pub(super) fn stats(s: &Shared, lower: &Lower) -> DiskStats {
             let page = count(&c.last_corrupt);
             (page >> 32, page & 0xffff_ffff)
         }),
+        late_bytes: u64::from(lower.late()) * lower.extent_bytes(),
         failing: c.failing.load(Ordering::Relaxed),
         draining: s.draining(),
         writing_back: s.write_back.load(Ordering::Relaxed) != 0,

@@ -1,6 +1,6 @@
 //! Reading what lies on the disk tier. A lane never waits for a disk of its own accord: it says what must
-//! be read, [`Fetch`], whoever serves the request reads that (in its own io_uring, or with `pread`), and
-//! the lane takes the pages out of it.
+//! be read, [`Fetch`], whoever serves the request reads that ([`Lane::source`] says how: in its own io_uring, or by
+//! a carrier), and the lane takes the pages out of it.
 //!
 //! Nothing is pinned meanwhile. A segment that dies while it is being fetched may be gone, and its extent
 //! may hold another, by the time the blocks are there; then they do not open (`tier/seal.rs`: each is bound
@@ -14,13 +14,13 @@
 
 use super::{Lane, Shared};
 use crate::error::{Error, Result};
-use crate::io::BLOCK_BYTES;
+use crate::io::{Source, BLOCK_BYTES};
 use crate::log::record::{most_total, Header, GROUP_HEADER};
 use crate::log::segment::{record_of, Below};
 use crate::map::{Kind, Slot, Stored};
 use crate::page::{PageNo, PAGE_BYTES};
 use crate::tier::{Lower, PAYLOAD};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -32,7 +32,6 @@ const REACH_BLOCKS: usize = 8;
 /// What is to be read for a page.
 #[derive(Clone, Copy, Debug)]
 pub struct Fetch {
-    fd: RawFd,
     at: u64,
     bytes: usize,
     page: PageNo,
@@ -43,11 +42,6 @@ pub struct Fetch {
 }
 
 impl Fetch {
-    /// Where to read from.
-    pub fn fd(&self) -> RawFd {
-        self.fd
-    }
-
     /// The first byte, whole blocks of 4096.
     pub fn at(&self) -> u64 {
         self.at
@@ -99,6 +93,11 @@ impl Lane {
     pub fn fetch_bytes(&self) -> usize {
         let s = self.store.shared();
         s.lower.as_ref().map_or(0, |_| most_bytes(s.config.most_group_pages()))
+    }
+
+    /// How fetches are read by a thread with an io_uring of its own. None: there is no tier below.
+    pub fn source(&self, ring: BorrowedFd<'_>) -> Result<Option<Source>> {
+        self.store.shared().lower.as_ref().map(|lower| lower.medium.source(ring)).transpose()
     }
 
     /// Takes pages out of what was fetched: the first bytes of the rest of a request, `offset` being what
@@ -198,7 +197,6 @@ impl Lane {
         let likely = if group_pages > 1 { (at.share as usize + 1) * group_pages } else { at.share as usize };
         let first_block = at.offset as usize / PAYLOAD;
         let mut fetch = Fetch {
-            fd: lower.backing.fd().as_raw_fd(),
             at: lower.at(below.extent) + (first_block * BLOCK_BYTES) as u64,
             bytes: 0,
             page,
@@ -257,7 +255,7 @@ impl Lane {
 fn read(lower: &Lower, fetch: &Fetch, blocks: &mut [u8]) -> std::io::Result<()> {
     let mut pauses = RETRIES_MS.iter();
     loop {
-        match lower.backing.read(&mut blocks[..fetch.bytes], fetch.at) {
+        match lower.medium.read(&mut blocks[..fetch.bytes], fetch.at) {
             Ok(()) => return Ok(()),
             Err(e) => {
                 lower.counts.read_errors.fetch_add(1, Ordering::Relaxed);

@@ -45,7 +45,7 @@ pub use steps::Steps;
 use crate::arena::{create_arena, host_seconds, Arena, Waiting};
 use crate::config::{Checked, StoreConfig};
 use crate::error::{Error, Result};
-use crate::io::Backing;
+use crate::io::{Medium, BLOCK_BYTES};
 use crate::log::epoch::Epochs;
 use crate::log::segment::Segments;
 use crate::map::{Kind, Map, Slot};
@@ -456,11 +456,11 @@ fn check_volume_bytes(bytes: u64) -> Result<()> {
 }
 
 /// Everything but the threads. True: the arena was empty.
-fn build(mut config: Checked, waiting: Waiting, backing: Option<Backing>) -> Result<(Arc<Shared>, grow::Growth, bool)> {
+fn build(mut config: Checked, waiting: Waiting, medium: Option<Medium>) -> Result<(Arc<Shared>, grow::Growth, bool)> {
     let begun = Instant::now();
     let (arena, found) = Arena::open(&mut config, waiting)?;
     let (map, segments) = (Map::new(), Segments::new(arena.max_segments()));
-    let lower = backing.map(|backing| attach(&config, &arena, backing)).transpose()?;
+    let lower = medium.map(|medium| attach(&config, &arena, medium)).transpose()?;
     let what = if found { recover::recover(&arena, &segments, &map, lower.as_ref())? } else { Found::nothing(&arena) };
     if found {
         let (count, volumes) = (what.pages.stored + what.pages.filled + what.pages.zero, what.volumes);
@@ -473,7 +473,7 @@ fn build(mut config: Checked, waiting: Waiting, backing: Option<Backing>) -> Res
 }
 
 /// Binds a disk tier to the arena, or finds that it is bound to it already.
-fn attach(config: &Checked, arena: &Arena, backing: Backing) -> Result<Lower> {
+fn attach(config: &Checked, arena: &Arena, medium: Medium) -> Result<Lower> {
     let room = arena.max_segments() - arena.max_frames();
     if room == 0 {
         return Err(Error::BadArena("it was made without a disk tier: take the pages out and make a new one".into()));
@@ -481,18 +481,27 @@ fn attach(config: &Checked, arena: &Arena, backing: Backing) -> Result<Lower> {
     let mut id = arena.tier();
     // Half of one: the store that made it was killed before it used it.
     let fresh = id[..8] == [0; 8] || id[8..] == [0; 8];
+    // None: as many as the arena was made for.
+    let bytes = medium.bytes(fresh)?;
+    let extents = bytes.map_or(u32::MAX, |bytes| extents_in(bytes, arena.segment_bytes())).min(room);
     if fresh {
-        backing.claim()?;
+        medium.claim()?;
         id = crate::arena::random()?;
-        backing.initialise(&id)?;
+        medium.initialise(&id, bytes.unwrap_or(0))?;
         arena.set_tier(&id);
-    } else {
+    } else if medium.remote().is_none() {
         // Pages are read from it at once; the mover claims it before it writes.
-        backing.check(&id)?;
+        medium.check(&id)?;
     }
-    let extents = extents_in(backing.bytes(), arena.segment_bytes()).min(room);
     let encrypt = config.below.as_ref().is_none_or(|tier| tier.encrypt);
-    let lower = Lower::new(backing, id, encrypt.then_some(&arena.key()), extents, arena.segment_bytes());
+    let lower = Lower::new(medium, id, encrypt.then_some(&arena.key()), extents, arena.segment_bytes());
+    if let Some(remote) = lower.medium.remote() {
+        // A server that is away, or another, keeps no store from going on with what is in memory. Its carriers look
+        // whose it is on each connection.
+        remote.bind(&id, BLOCK_BYTES as u64 + u64::from(extents) * lower.extent_bytes());
+        remote.serve();
+        lower.find_late(arena);
+    }
     lower.claimed.store(fresh, Ordering::Relaxed);
     Ok(lower)
 }

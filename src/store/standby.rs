@@ -13,7 +13,7 @@ use crate::arena::{host_memory, Arena, Spare, Waiting};
 use crate::codec::Codec;
 use crate::config::{Checked, StoreConfig};
 use crate::error::{system, Result};
-use crate::io::Backing;
+use crate::io::Medium;
 use crate::page::PAGE_BYTES;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -33,7 +33,7 @@ pub struct Standby {
     spare: Spare,
     growth: Idle,
     cleaner: Idle,
-    below: Option<(Backing, Tools, Idle)>,
+    below: Option<(Medium, Tools, Idle)>,
 }
 
 impl Standby {
@@ -42,17 +42,20 @@ impl Standby {
         let (ram_bytes, _) = host_memory()?;
         let mut config = config.validate(ram_bytes)?;
         let waiting = Waiting::new(arena)?;
-        let backing = config.below.as_ref().map(Backing::open).transpose()?;
-        config.below_bytes = backing.as_ref().map_or(0, Backing::bytes);
+        let medium = config.below.as_ref().map(|tier| Medium::open(tier, config.thread_start)).transpose()?;
+        if let Some(medium) = &medium {
+            // Of a server's export only a new arena has to know them: who takes one over must not wait for a server.
+            config.below_bytes = medium.bytes(waiting.segment_bytes().is_none())?.unwrap_or(0);
+        }
         (config.group_pages_seen, config.codecs_seen) = with(&config, waiting.seen());
-        rehearse(&config);
-        let with_tools = |backing| {
+        rehearse(&config, &waiting);
+        let with_tools = |medium| {
             // Of an arena that is there already the segments may have another size than is asked for.
             let segment_bytes = waiting.segment_bytes().unwrap_or(config.segment_bytes as usize);
-            Ok((backing, Tools::new(segment_bytes)?, Idle::start(&config, "mover")?))
+            Ok((medium, Tools::new(segment_bytes)?, Idle::start(&config, "mover")?))
         };
         Ok(Standby {
-            below: backing.map(with_tools).transpose()?,
+            below: medium.map(with_tools).transpose()?,
             waiting,
             spare: Spare::new(),
             growth: Idle::start(&config, "growth")?,
@@ -67,7 +70,7 @@ impl Standby {
         let seen = with(&self.config, self.waiting.seen());
         if seen != (self.config.group_pages_seen, self.config.codecs_seen) && self.spare.bytes() > REHEARSAL_COST {
             (self.config.group_pages_seen, self.config.codecs_seen) = seen;
-            rehearse(&self.config);
+            rehearse(&self.config, &self.waiting);
         }
         self.waiting.keep_up(&mut self.spare)
     }
@@ -80,8 +83,8 @@ impl Standby {
 
     /// Opens the store; see [`Store::open_arena`].
     pub fn open(self) -> Result<Store> {
-        let (backing, below) = self.below.map(|(backing, tools, idle)| (backing, (tools, idle))).unzip();
-        let (shared, mut growth, fresh) = build(self.config, self.waiting, backing)?;
+        let (medium, below) = self.below.map(|(medium, tools, idle)| (medium, (tools, idle))).unzip();
+        let (shared, mut growth, fresh) = build(self.config, self.waiting, medium)?;
         if fresh {
             // The first reserve is there before the first request. An arena that was found has what
             // is left of its own, and its pages may be waited for: growth must not delay them.
@@ -108,14 +111,14 @@ fn with(config: &Checked, seen: Option<(usize, u64)>) -> (usize, u64) {
 }
 
 /// Takes from the allocator what opening will take, and gives it back: it stays in the heap.
-fn rehearse(config: &Checked) {
+fn rehearse(config: &Checked, waiting: &Waiting) {
     // Of each lane and of those who clean, compress again and move: what a record is made in, and what a group is
     // decoded to.
     let room = vec![0xa5u8; (2 * config.max_lanes + 7) * config.group_pages_seen * PAGE_BYTES];
     // There are such pages: the one who makes them is made at once.
     let again = config.cold.filter(|cold| config.codecs_seen & cold.codec.bit() != 0);
     let again = again.map(|cold| Codec::new(cold.codec, config.codecs_seen));
-    let lists = vec![0xa5u8; heap_bytes(Arena::wanted(config))];
+    let lists = vec![0xa5u8; heap_bytes(waiting.sizes().unwrap_or_else(|| Arena::wanted(config)))];
     let codecs: Vec<Codec> = (0..=config.max_lanes).map(|_| Codec::new(config.codec, config.codecs_seen)).collect();
     drop(std::hint::black_box((lists, room, again, codecs)));
 }

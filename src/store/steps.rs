@@ -6,7 +6,7 @@ use super::{build, clean::Cleaner, grow::Growth, Owner, Store};
 use crate::arena::{host_memory, Spare, Waiting};
 use crate::config::StoreConfig;
 use crate::error::Result;
-use crate::io::Backing;
+use crate::io::Medium;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -21,9 +21,12 @@ impl Steps {
     /// As [`Store::open_arena`], but nothing happens in the background.
     pub fn open(config: StoreConfig, arena: OwnedFd) -> Result<(Store, Steps)> {
         let mut config = config.validate(host_memory()?.0)?;
-        let backing = config.below.as_ref().map(Backing::open).transpose()?;
-        config.below_bytes = backing.as_ref().map_or(0, Backing::bytes);
-        let (shared, growth, _) = build(config, Waiting::new(arena)?, backing)?;
+        let waiting = Waiting::new(arena)?;
+        let medium = config.below.as_ref().map(|tier| Medium::open(tier, config.thread_start)).transpose()?;
+        if let Some(medium) = &medium {
+            config.below_bytes = medium.bytes(waiting.segment_bytes().is_none())?.unwrap_or(0);
+        }
+        let (shared, growth, _) = build(config, waiting, medium)?;
         let cleaner = Cleaner::new(shared.clone(), Spare::new());
         let tools = shared.lower.is_some().then(|| Tools::new(shared.arena.segment_bytes())).transpose()?;
         let mover = tools.map(|tools| Mover::new(shared.clone(), tools));

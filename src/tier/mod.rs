@@ -1,24 +1,27 @@
-//! The tier below memory: a file or a block device, in extents of one segment each.
+//! The tier below memory: a file, a block device or a server's export, in extents of one segment each.
 //!
 //! Which segment lies where, the segment table says; here is only which extents are taken, what became
 //! of reading and writing, and what is to be discarded. Extents are taken by the mover alone, and given
 //! back by whoever releases a segment, the cleaner or the mover: never on the I/O path, so a mutex does.
 //!
 //! ```text
-//! block 0   the backing's header
+//! block 0   the header (`io/backing.rs`)
 //! then      extents of as many blocks as the largest segment fills (`seal.rs`)
 //! ```
 
 mod asked;
+mod late;
 mod seal;
 
 pub(crate) use asked::Asked;
+pub(crate) use late::NOTES;
 pub(crate) use seal::{Seal, PAYLOAD};
 
-use crate::arena::Resident;
+use crate::arena::{Arena, Resident};
 use crate::error::{Error, Result};
-use crate::io::{Backing, TierKey, BLOCK_BYTES};
+use crate::io::{Medium, TierKey, BLOCK_BYTES};
 use crate::page::ExtentNo;
+use late::{Late, TICK};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -61,13 +64,16 @@ pub(crate) struct Counts {
 
 struct Space {
     taken: Resident,
-    /// All but those given back of which the backing does not know yet.
+    /// Those, and what nothing is to be written to for a while.
+    kept: Resident,
+    /// All but those given back of which the medium does not know yet.
     told: Resident,
+    late: Late,
 }
 
 /// The tier below memory.
 pub(crate) struct Lower {
-    pub backing: Backing,
+    pub medium: Medium,
     id: TierKey,
     pub seal: Seal,
     pub counts: Counts,
@@ -83,18 +89,20 @@ pub(crate) struct Lower {
     extents: u32,
     extent_bytes: u64,
     taken: AtomicU32,
+    /// Free, but kept so for a while.
+    late: AtomicU32,
     space: Mutex<Space>,
 }
 
 impl Lower {
     /// `key`: what is sealed with; None: nothing is encrypted.
-    pub fn new(backing: Backing, id: TierKey, key: Option<&[u8; 32]>, extents: u32, segment_bytes: usize) -> Lower {
+    pub fn new(medium: Medium, id: TierKey, key: Option<&[u8; 32]>, extents: u32, segment_bytes: usize) -> Lower {
         let mut told = Resident::new(extents);
         (0..extents).for_each(|n| told.set(n));
         let extent_bytes = (segment_bytes.div_ceil(PAYLOAD) * BLOCK_BYTES) as u64;
         Lower {
             seal: Seal::new(key),
-            backing,
+            medium,
             id,
             counts: Counts::default(),
             asked: Asked::new(),
@@ -105,7 +113,13 @@ impl Lower {
             extents,
             extent_bytes,
             taken: AtomicU32::new(0),
-            space: Mutex::new(Space { taken: Resident::new(extents), told }),
+            late: AtomicU32::new(0),
+            space: Mutex::new(Space {
+                taken: Resident::new(extents),
+                kept: Resident::new(extents),
+                told,
+                late: Late::new(),
+            }),
         }
     }
 
@@ -121,8 +135,13 @@ impl Lower {
         self.taken.load(Ordering::Relaxed)
     }
 
+    /// Free ones that nothing is to be written to for a while.
+    pub fn late(&self) -> u32 {
+        self.late.load(Ordering::Relaxed)
+    }
+
     pub fn free(&self) -> u32 {
-        self.extents - self.taken()
+        self.extents.saturating_sub(self.taken() + self.late())
     }
 
     /// Segments that may be expected to find room there: none while it fails.
@@ -136,8 +155,8 @@ impl Lower {
 
     /// Whether it may be written to; tries to make it so. Mover only.
     pub fn claim(&self) -> bool {
-        let claimed = self.claimed.load(Ordering::Relaxed)
-            || self.backing.claim().is_ok() && self.backing.check(&self.id).is_ok();
+        let try_it = || self.medium.claim().is_ok() && self.medium.check(&self.id).is_ok();
+        let claimed = self.claimed.load(Ordering::Relaxed) || self.wait_for(try_it);
         self.claimed.store(claimed, Ordering::Relaxed);
         claimed
     }
@@ -163,7 +182,8 @@ impl Lower {
     /// The disk has not answered the mover yet, or not for long: it is slow, which is not the same as full.
     pub fn is_slow(&self) -> bool {
         let until = || u128::from(self.slow_until_ms.load(Ordering::Relaxed));
-        self.waiting.load(Ordering::Relaxed) || self.begun.elapsed().as_millis() < until()
+        let away = || self.medium.remote().is_some_and(|remote| !remote.is_up() && !remote.is_lost());
+        self.waiting.load(Ordering::Relaxed) || self.begun.elapsed().as_millis() < until() || away()
     }
 
     /// Byte offset of an extent on the backing.
@@ -178,8 +198,9 @@ impl Lower {
     /// The lowest free extent: segments that go down together lie together.
     pub fn take(&self) -> Option<ExtentNo> {
         let mut space = self.space();
-        let extent = space.taken.lowest_absent()?;
+        let extent = space.kept.lowest_absent()?;
         space.taken.set(extent);
+        space.kept.set(extent);
         self.taken.fetch_add(1, Ordering::Relaxed);
         Some(ExtentNo(extent))
     }
@@ -192,7 +213,9 @@ impl Lower {
             return Err(Error::BadArena(why));
         }
         space.taken.set(extent.0);
+        space.kept.set(extent.0);
         self.taken.fetch_add(1, Ordering::Relaxed);
+        self.recount_late(&space);
         Ok(())
     }
 
@@ -200,28 +223,100 @@ impl Lower {
         let mut space = self.space();
         space.taken.clear(extent.0);
         space.told.clear(extent.0);
+        if !space.late.has(extent.0) {
+            space.kept.clear(extent.0);
+        }
         self.taken.fetch_sub(1, Ordering::Relaxed);
+        self.recount_late(&space);
     }
 
-    /// Tells the backing of one extent that is free and that it does not know of. Mover only, so that no
+    fn recount_late(&self, space: &Space) {
+        let late = space.late.extents().filter(|extent| !space.taken.has(*extent)).count();
+        self.late.store(late as u32, Ordering::Relaxed);
+    }
+
+    /// Learns where an earlier store's writes may still land. Before any extent is found or taken.
+    pub fn find_late(&self, arena: &Arena) {
+        if self.medium.remote().is_none() {
+            return;
+        }
+        let mut space = self.space();
+        let space = &mut *space;
+        space.late.find(arena.late(), self.extents);
+        space.late.extents().for_each(|extent| space.kept.set(extent));
+        self.recount_late(space);
+    }
+
+    /// Before something is sent to an extent. False: not now. Mover only, as are the next two.
+    pub fn note(&self, arena: &Arena, extent: ExtentNo) -> bool {
+        self.medium.remote().is_none() || self.space().late.note(arena.late(), extent)
+    }
+
+    /// It has ended. `late`: it may be done yet.
+    pub fn settle(&self, arena: &Arena, extent: ExtentNo, late: bool) {
+        if self.medium.remote().is_some() {
+            let mut space = self.space();
+            space.late.settle(arena.late(), extent, late);
+            self.recount_late(&space);
+        }
+    }
+
+    /// Lets time pass for what is late, if the server answers, and is ours. `block`: room to read one.
+    pub fn tick(&self, arena: &Arena, block: &mut [u8]) {
+        let now = Instant::now();
+        if !self.space().late.is_due(now) {
+            return;
+        }
+        let answered = self.wait_for(|| self.is_ours(block)) && now.elapsed() < TICK;
+        let mut space = self.space();
+        let space = &mut *space;
+        let (mut before, mut count) = ([0; NOTES], 0);
+        for extent in space.late.extents() {
+            (before[count], count) = (extent, count + 1);
+        }
+        space.late.tick(arena.late(), now, answered);
+        for extent in &before[..count] {
+            if !space.late.has(*extent) && !space.taken.has(*extent) {
+                // What came late lies there.
+                space.kept.clear(*extent);
+                space.told.clear(*extent);
+            }
+        }
+        self.recount_late(space);
+    }
+
+    /// Whether it is still the one that it was: nothing tells when another store takes a server's export.
+    pub fn is_ours(&self, block: &mut [u8]) -> bool {
+        self.medium.remote().is_none_or(|remote| remote.is_ours(&self.id, &mut block[..BLOCK_BYTES]))
+    }
+
+    /// Tells the medium of one extent that is free and that it does not know of. Mover only, so that no
     /// extent is taken meanwhile. False: there is none.
-    pub fn discard_one(&self) -> bool {
+    pub fn discard_one(&self, arena: &Arena) -> bool {
         let extent = {
             let mut space = self.space();
             let Some(extent) = space.told.lowest_absent() else { return false };
             space.told.set(extent);
-            if space.taken.has(extent) {
+            if space.kept.has(extent) {
                 return true;
             }
-            extent
+            ExtentNo(extent)
         };
-        self.wait_for(|| self.backing.discard(self.at(ExtentNo(extent)), self.extent_bytes));
+        if !self.note(arena, extent) {
+            self.space().told.clear(extent.0);
+            return false;
+        }
+        let late = self.wait_for(|| self.medium.discard(self.at(extent), self.extent_bytes));
+        self.settle(arena, extent, late);
+        if late {
+            self.space().kept.set(extent.0);
+        }
         true
     }
 }
 
 impl fmt::Display for Lower {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.backing.fmt(f)
+        self.medium.fmt(f)
     }
 }

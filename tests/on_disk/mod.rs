@@ -1,4 +1,5 @@
 //! What tests of a disk tier share: a place for it, and pages that are known again.
+#![allow(dead_code, reason = "each test file is a program of its own, and none uses all of it")]
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use ghostswap::{Lane, StoreConfig};

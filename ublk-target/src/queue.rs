@@ -252,7 +252,7 @@ fn serve(
         .map_err(|e| anyhow!("cannot set up queue {qid}: {e:?}"))?;
     // libublk versions differ in what they do to this attribute.
     crate::protect::thread().context("after the set-up of the queue")?;
-    fetches.fit(lane.fetch_bytes());
+    fetches.attach(&lane).context("cannot read from the tier below")?;
     let mut server = Server {
         lane,
         buf: vec![0; SLICE_BYTES].into_boxed_slice(),

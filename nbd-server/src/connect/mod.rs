@@ -1,6 +1,6 @@
 //! `ghostswap-nbd connect`: a client for the kernel's nbd driver, for machines that swap to an export.
 //!
-//! It agrees with the server on the export (`handshake`), hands the sockets to the kernel (`device`, by `netlink`),
+//! It agrees with the server on the export (`ghostswap::nbd::handshake`), hands the sockets to the kernel (`device`, by `netlink`),
 //! and stays (`watch`): when connections die it agrees anew and gives the kernel fresh ones. Meanwhile the driver
 //! holds what waits; what was sent and not answered it sends again.
 //!
@@ -19,7 +19,6 @@
 //! identity, and the driver never gets a connection to it. Servers other than ours show no identity.
 
 mod device;
-pub mod handshake;
 mod netlink;
 mod protect;
 mod tell;
@@ -27,6 +26,8 @@ mod watch;
 
 use anyhow::{bail, ensure, Context, Result};
 use device::{Device, Patience, BLOCK_BYTES};
+pub use ghostswap::nbd::handshake;
+use ghostswap::nbd::proto::reply;
 use ghostswap::Error;
 use handshake::{negotiate, read_page, Export, Failure};
 use rustix::fs::{fcntl_lock, FlockOperation};
@@ -144,7 +145,15 @@ impl Options {
             }
         }
         match failed {
-            Some(failure) => bail!("no way to export '{}' at {}: {failure}", self.export, self.place()),
+            Some(failure) => {
+                let tls = matches!(failure, Failure::Refused { reply: reply::ERR_TLS_REQD, .. });
+                let advice = if tls {
+                    ", which the kernel does not speak: let it listen without at another address"
+                } else {
+                    ""
+                };
+                bail!("no way to export '{}' at {}: {failure}{advice}", self.export, self.place())
+            }
             None => bail!("{} has no address", self.place()),
         }
     }

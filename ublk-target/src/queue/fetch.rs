@@ -1,14 +1,15 @@
-//! Reads of what lies on disk: through the queue's own ring, while it serves others. A few are under way
+//! Reads of what lies on disk, or behind a server: told of in the queue's own ring, while it serves others. A few are under way
 //! at a time, each with a buffer of its own; reads beyond them wait their turn. A read that the disk
 //! refuses is tried again with the next beats, and fails with EIO when it was refused often enough.
 
-#![allow(unsafe_code)] // pwrite to a borrowed descriptor; pushing a read on the ring.
+#![allow(unsafe_code)] // pwrite to a borrowed descriptor; beginning a read, pushing it on the ring.
 
 use super::{errno, Server, SLICE_BYTES, TIMER};
-use ghostswap::{Buffer, Error, Fetch, Taken};
+use ghostswap::{Begun, Buffer, Error, Fetch, Lane, Source, Taken};
 use io_uring::{opcode, types};
 use libublk::io::{UblkIOCtx, UblkQueue};
 use libublk::with_task_io_ring_mut;
+use std::os::fd::{AsRawFd, BorrowedFd};
 
 /// Marks a fetch; its place in the low bits.
 pub const FETCH: u64 = TIMER | 1 << 32;
@@ -45,6 +46,8 @@ pub struct Fetches {
     /// Reads that wait for a place, and those that wait for the next beat. As many as there are tags.
     waiting: std::collections::VecDeque<Read>,
     refused: Vec<Read>,
+    /// None: there is nothing below memory.
+    source: Option<Source>,
 }
 
 impl Fetches {
@@ -55,13 +58,23 @@ impl Fetches {
             places: Vec::with_capacity(FETCHES),
             waiting: std::collections::VecDeque::with_capacity(depth),
             refused: Vec::with_capacity(depth),
+            source: None,
         };
         fetches.fit(bytes);
         fetches
     }
 
+    /// What the store turned out to be.
+    pub fn attach(&mut self, lane: &Lane) -> ghostswap::Result<()> {
+        self.fit(lane.fetch_bytes());
+        // SAFETY: the ring is the thread's own, and open while it lives.
+        let ring = unsafe { BorrowedFd::borrow_raw(with_task_io_ring_mut(|ring| ring.as_raw_fd())) };
+        self.source = lane.source(ring)?;
+        Ok(())
+    }
+
     /// Makes the places large enough.
-    pub fn fit(&mut self, bytes: usize) {
+    fn fit(&mut self, bytes: usize) {
         if bytes > 0 && self.places.first().is_none_or(|place| place.blocks.len() < bytes) {
             self.places.clear();
             self.places.extend((0..FETCHES).map(|_| Place { blocks: Buffer::new(bytes), job: None }));
@@ -71,9 +84,9 @@ impl Fetches {
 
 impl Drop for Fetches {
     fn drop(&mut self) {
-        // A queue that ends early leaves reads to the kernel, and they write to these buffers yet.
+        // A queue that ends early leaves reads to others, who write to these buffers yet and tell of it.
         if self.places.iter().any(|place| place.job.is_some()) {
-            std::mem::forget(std::mem::take(&mut self.places));
+            std::mem::forget((std::mem::take(&mut self.places), self.source.take()));
         }
     }
 }
@@ -117,15 +130,23 @@ impl Server<'_> {
         }
     }
 
-    /// False: the ring is full, which is not for long.
+    /// False: the ring is full, or so many are under way, which is not for long.
     fn start(&mut self, place: usize, fetch: &Fetch) -> bool {
+        let Some(source) = &self.fetches.source else { return false };
         let blocks = &mut self.fetches.places[place].blocks[..fetch.bytes()];
-        let entry = opcode::Read::new(types::Fd(fetch.fd()), blocks.as_mut_ptr(), fetch.bytes() as u32)
-            .offset(fetch.at())
-            .build()
-            .user_data(FETCH | place as u64);
-        // SAFETY: the buffer stays until the read has ended: see `Drop`.
-        with_task_io_ring_mut(|ring| unsafe { ring.submission().push(&entry) }.is_ok())
+        let (buffer, user_data) = (blocks.as_mut_ptr(), FETCH | place as u64);
+        // SAFETY: the buffer, which is as long, and the source stay until the read has ended: see `Drop`.
+        match unsafe { source.begin(fetch.at(), fetch.bytes(), buffer, user_data) } {
+            Begun::ByOthers => true,
+            Begun::NotNow => false,
+            Begun::ByYou(fd) => {
+                let entry = opcode::Read::new(types::Fd(fd), buffer, fetch.bytes() as u32).offset(fetch.at());
+                // SAFETY: as above.
+                with_task_io_ring_mut(|ring| unsafe {
+                    ring.submission().push(&entry.build().user_data(user_data)).is_ok()
+                })
+            }
+        }
     }
 
     /// A fetch has ended, well or not.

@@ -1,10 +1,10 @@
-//! The client's side of the negotiation, from the server's first byte to the export: fixed newstyle, no zeroes, one GO.
-//! Simple replies only, as the kernel's driver knows no others.
+//! The client's side of the negotiation, from the server's first byte to the export: fixed newstyle, no zeroes, TLS
+//! and structured replies if they are wanted, one GO.
 //!
 //! It is done anew each time that a connection died, while pages may be waiting for it: so nothing is allocated,
 //! and whatever a server sends is bounded.
 
-use crate::proto::{self, info, option, reply};
+use super::proto::{self, flag, info, option, reply};
 use std::fmt;
 use std::io::{Error as OsError, ErrorKind, Read, Write};
 
@@ -30,11 +30,11 @@ pub struct Export {
 
 impl Export {
     pub fn is_read_only(&self) -> bool {
-        self.flags & 1 << 1 != 0
+        self.flags & flag::READ_ONLY != 0
     }
 
     pub fn can_multi_conn(&self) -> bool {
-        self.flags & 1 << 8 != 0
+        self.flags & flag::CAN_MULTI_CONN != 0
     }
 }
 
@@ -70,10 +70,7 @@ impl fmt::Display for Failure {
             Failure::Io(error) => write!(f, "{error}"),
             Failure::Rude(what) => write!(f, "not a server that can be used: {what}"),
             Failure::Refused { reply: reply::ERR_TLS_REQD, .. } => {
-                write!(
-                    f,
-                    "the server demands TLS, which the kernel does not speak: let it listen without at another address"
-                )
+                write!(f, "the server demands TLS")
             }
             Failure::Refused { reply: reply::ERR_UNKNOWN, .. } => write!(f, "the server has no such export"),
             Failure::Refused { reply, words } => {
@@ -111,8 +108,15 @@ impl Words {
     }
 }
 
-/// Goes to an export. `name` has at most [`MAX_NAME_BYTES`].
+/// Goes to an export. `name` has at most [`MAX_NAME_BYTES`]. Replies will be simple ones, as the kernel's driver knows
+/// no others.
 pub fn negotiate(stream: &mut (impl Read + Write), name: &[u8]) -> Result<Export, Failure> {
+    greet(stream)?;
+    go(stream, name)
+}
+
+/// The first words.
+pub fn greet(stream: &mut (impl Read + Write)) -> Result<(), Failure> {
     if take::<8>(stream)? != *proto::MAGIC {
         return Err(Failure::Rude("it does not speak NBD"));
     }
@@ -123,10 +127,30 @@ pub fn negotiate(stream: &mut (impl Read + Write), name: &[u8]) -> Result<Export
     if flags & proto::FIXED_NEWSTYLE == 0 {
         return Err(Failure::Rude("it does not speak fixed newstyle NBD"));
     }
+    Ok(stream.write_all(&u32::from(flags).to_be_bytes())?)
+}
+
+/// Has TLS begin: what comes next on the stream is its handshake.
+pub fn start_tls(stream: &mut (impl Read + Write)) -> Result<(), Failure> {
+    stream.write_all(&option_without_data(option::STARTTLS))?;
+    hear(stream, option::STARTTLS).map(drop)
+}
+
+/// Asks for structured replies. False: the server does not know them.
+pub fn ask_structured(stream: &mut (impl Read + Write)) -> Result<bool, Failure> {
+    stream.write_all(&option_without_data(option::STRUCTURED_REPLY))?;
+    match hear(stream, option::STRUCTURED_REPLY) {
+        Ok(_) => Ok(true),
+        Err(Failure::Refused { reply, .. }) if reply != reply::ERR_TLS_REQD => Ok(false),
+        Err(failure) => Err(failure),
+    }
+}
+
+/// The end of the negotiation. `name` has at most [`MAX_NAME_BYTES`].
+pub fn go(stream: &mut (impl Read + Write), name: &[u8]) -> Result<Export, Failure> {
     let mut bytes = [0; 64 + MAX_NAME_BYTES];
     let asked = [info::DESCRIPTION, info::BLOCK_SIZE];
     let mut out = Out { bytes: &mut bytes, len: 0 };
-    out.put(&u32::from(flags).to_be_bytes());
     out.put(proto::OPTION_MAGIC);
     out.put(&option::GO.to_be_bytes());
     out.put(&((4 + name.len() + 2 + 2 * asked.len()) as u32).to_be_bytes());
@@ -135,17 +159,29 @@ pub fn negotiate(stream: &mut (impl Read + Write), name: &[u8]) -> Result<Export
     out.put(&(asked.len() as u16).to_be_bytes());
     asked.iter().for_each(|what| out.put(&what.to_be_bytes()));
     stream.write_all(&out.bytes[..out.len])?;
-    hear(stream)
+    let export = hear(stream, option::GO)?;
+    if export.flags & flag::HAS_FLAGS == 0 {
+        return Err(Failure::Rude("it does not say what the export is"));
+    }
+    Ok(export)
 }
 
-fn hear(stream: &mut impl Read) -> Result<Export, Failure> {
+fn option_without_data(option: u32) -> [u8; 16] {
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(proto::OPTION_MAGIC);
+    bytes[8..12].copy_from_slice(&option.to_be_bytes());
+    bytes
+}
+
+/// All replies to an option, up to the last.
+fn hear(stream: &mut impl Read, asked: u32) -> Result<Export, Failure> {
     let mut export = Export { bytes: 0, flags: 0, min_block_bytes: 0, max_payload_bytes: 0, identity: None };
     let mut space = [0; MAX_REPLY_BYTES];
     for _ in 0..MAX_REPLIES {
         if u64::from_be_bytes(take(stream)?) != proto::OPTION_REPLY_MAGIC {
             return Err(Failure::Rude("a reply without its magic"));
         }
-        if u32::from_be_bytes(take(stream)?) != option::GO {
+        if u32::from_be_bytes(take(stream)?) != asked {
             return Err(Failure::Rude("a reply to what was not asked"));
         }
         let reply = u32::from_be_bytes(take(stream)?);
@@ -153,9 +189,8 @@ fn hear(stream: &mut impl Read) -> Result<Export, Failure> {
         let data = space.get_mut(..len).ok_or(Failure::Rude("a reply too long"))?;
         stream.read_exact(data)?;
         match reply {
-            reply::ACK if export.flags & 1 == 0 => return Err(Failure::Rude("it does not say what the export is")),
             reply::ACK => return Ok(export),
-            reply::INFO => export.learn(data).ok_or(Failure::Rude("a malformed reply"))?,
+            reply::INFO if asked == option::GO => export.learn(data).ok_or(Failure::Rude("a malformed reply"))?,
             _ if reply & 1 << 31 != 0 => return Err(Failure::Refused { reply, words: Words::of(data) }),
             _ => return Err(Failure::Rude("an unknown reply")),
         }
@@ -285,6 +320,24 @@ mod tests {
         assert_eq!(export.identity.as_ref(), Some(b"0123456789abcdef"));
         assert!(export.can_multi_conn() && !export.is_read_only());
         assert_eq!(said, b"\0\0\0\x03IHAVEOPT\0\0\0\x07\0\0\0\x0e\0\0\0\x04swap\0\x02\0\x02\0\x03");
+    }
+
+    #[test]
+    fn what_is_wanted_beside_an_export_is_agreed_on_or_not() {
+        let ask = |kind, option| {
+            let mut stream = Scripted(Cursor::new(proto::option_reply(option, kind, 0).to_vec()), Vec::new());
+            (ask_structured(&mut stream), stream.1)
+        };
+        let (agreed, said) = ask(reply::ACK, option::STRUCTURED_REPLY);
+        assert!(agreed.unwrap());
+        assert_eq!(said, b"IHAVEOPT\0\0\0\x08\0\0\0\0");
+        assert!(!ask(reply::ERR_UNSUP, option::STRUCTURED_REPLY).0.unwrap());
+        assert!(ask(reply::ERR_TLS_REQD, option::STRUCTURED_REPLY).0.is_err());
+        assert!(ask(reply::INFO, option::STRUCTURED_REPLY).0.is_err());
+        assert!(ask(reply::ACK, option::GO).0.is_err());
+        let refused = proto::option_reply(option::STARTTLS, reply::ERR_UNSUP, 0).to_vec();
+        let mut stream = Scripted(Cursor::new(refused), Vec::new());
+        assert!(matches!(start_tls(&mut stream), Err(Failure::Refused { .. })));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! Newstyle negotiation, simple, structured and extended replies, metadata contexts: sections of those names in
 //! the NBD project's doc/proto.md.
 
-use ghostswap::PageKind;
+use crate::PageKind;
 
 pub const MAGIC: &[u8; 8] = b"NBDMAGIC";
 pub const OPTION_MAGIC: &[u8; 8] = b"IHAVEOPT";
@@ -63,6 +63,14 @@ pub enum Form {
     Extended,
 }
 
+/// What a server says of an export, as far as clients here ask.
+pub mod flag {
+    pub const HAS_FLAGS: u16 = 1;
+    pub const READ_ONLY: u16 = 1 << 1;
+    pub const SEND_TRIM: u16 = 1 << 5;
+    pub const CAN_MULTI_CONN: u16 = 1 << 8;
+}
+
 /// What a client may do with an export.
 pub fn transmission_flags(read_only: bool, form: Form) -> u16 {
     // HAS_FLAGS, SEND_FLUSH, SEND_FUA, CAN_MULTI_CONN, SEND_CACHE.
@@ -78,7 +86,7 @@ pub fn transmission_flags(read_only: bool, form: Form) -> u16 {
 pub enum Context {
     /// The protocol's own: bit 0 hole, bit 1 zeros.
     Allocation = 1,
-    /// What pages are: [`ghostswap::PageKind`] as a number.
+    /// What pages are: [`crate::PageKind`] as a number.
     Kind = 2,
 }
 
@@ -160,6 +168,29 @@ pub const REQUEST_BYTES: usize = 28;
 pub const EXTENDED_REQUEST_BYTES: usize = 32;
 
 impl Request {
+    /// As a client sends it, in no other form than the short one.
+    pub fn bytes(&self) -> [u8; REQUEST_BYTES] {
+        let command: u16 = match self.command {
+            Command::Read => 0,
+            Command::Write => 1,
+            Command::Disconnect => 2,
+            Command::Flush => 3,
+            Command::Trim => 4,
+            Command::Cache => 5,
+            Command::WriteZeroes => 6,
+            Command::BlockStatus => 7,
+            Command::Unknown(other) => other,
+        };
+        let mut bytes = [0; REQUEST_BYTES];
+        bytes[..4].copy_from_slice(&REQUEST_MAGIC.to_be_bytes());
+        bytes[4..6].copy_from_slice(&self.flags.to_be_bytes());
+        bytes[6..8].copy_from_slice(&command.to_be_bytes());
+        bytes[8..16].copy_from_slice(&self.cookie);
+        bytes[16..24].copy_from_slice(&self.offset.to_be_bytes());
+        bytes[24..].copy_from_slice(&(self.len as u32).to_be_bytes());
+        bytes
+    }
+
     /// `None`: not a request; the stream can no longer be trusted.
     pub fn parse(bytes: &[u8], form: Form) -> Option<Request> {
         let extended = form == Form::Extended;
@@ -388,5 +419,6 @@ mod tests {
         assert!(Request::parse(&bytes, Form::Extended).is_none());
         let request = Request::parse(&bytes, Form::Structured).unwrap();
         assert_eq!((request.command, request.len), (Command::Trim, 9));
+        assert_eq!(request.bytes(), bytes);
     }
 }
