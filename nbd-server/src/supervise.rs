@@ -97,6 +97,8 @@ pub fn run(signals: Signals, watchdog: Duration, estate: Estate, found: bool) ->
 
 /// Goes on where an older program left off, or this one, if a newer one gave up.
 pub fn resume(signals: Signals, watchdog: Duration) -> Result<ExitCode> {
+    // Called by a descriptor, it goes by that one's number.
+    rustix::thread::set_name(c"ghostswap-nbd").context("cannot name this process")?;
     let left = handover::take_letter().context("cannot read what the supervisor before left")?;
     let Left { path, estate, worker, standby, others, history, returned, program } = left;
     let mut supervisor = Supervisor::new(signals, watchdog, path, estate);
@@ -257,6 +259,7 @@ impl Supervisor {
         }
         if self.older.take().is_some() {
             self.history.upgrades += 1;
+            self.history.upgrade_error = None;
             info!("upgraded to the program at {}", self.path.display());
         }
         if !self.kept {

@@ -167,6 +167,7 @@ fn twenty_upgrades_under_load_lose_nothing() {
             for process in [supervisor, installed.server.worker()] {
                 assert_eq!(inode(format!("/proc/{process}/exe")), inode(&installed.program), "upgrade {number}");
             }
+            assert_eq!(std::fs::read_to_string(format!("/proc/{supervisor}/comm")).unwrap(), "ghostswap-nbd\n");
         }
         stop.store(true, Ordering::Relaxed);
         loads.into_iter().map(|load| load.join().unwrap()).max().unwrap()

@@ -85,6 +85,8 @@ struct Shared {
     link: UnixStream,
     news: Mutex<News>,
     refused: Condvar,
+    /// Held by who asks for an upgrade: a refusal is his.
+    asking: Mutex<()>,
     /// Finds a thread that stands.
     look: OnceLock<Look>,
 }
@@ -116,6 +118,7 @@ pub fn given() -> Result<Option<Given>> {
         link: link.try_clone().context("cannot duplicate a socket")?,
         news: Mutex::default(),
         refused: Condvar::new(),
+        asking: Mutex::default(),
         look: OnceLock::new(),
     }));
     let link = Link { orders: BufReader::new(link), desk };
@@ -159,7 +162,12 @@ impl Link {
                 return if is_next { alone(standby) } else { Ok(None) };
             }
             match line.trim_end().split_once(' ').unwrap_or((line.trim_end(), "")) {
-                ("serve", how) => return Ok(Some(Order { anew: how == "anew" })),
+                ("serve", "anew") => {
+                    // Whoever had it may not be quite gone; if he stays, opening it says so.
+                    await_end(standby)?;
+                    return Ok(Some(Order { anew: true }));
+                }
+                ("serve", _) => return Ok(Some(Order { anew: false })),
                 ("next", _) => is_next = true,
                 (word, rest) => self.desk.hear(word, rest),
             }
@@ -187,16 +195,21 @@ impl Link {
 }
 
 /// The supervisor vanished while the worker that served was being ended: if it does end, somebody must serve.
-fn alone(standby: &mut Standby) -> Result<Option<Order>> {
+fn alone(standby: &Standby) -> Result<Option<Order>> {
     warn!("the supervisor is gone in the middle of an upgrade");
+    Ok(await_end(standby)?.then_some(Order { anew: false }))
+}
+
+/// Waits, within bounds, until nobody else has the arena. Whether that is so.
+fn await_end(standby: &Standby) -> Result<bool> {
     let begun = Instant::now();
     while standby.in_use()? {
         if begun.elapsed() >= END_PATIENCE {
-            return Ok(None);
+            return Ok(false);
         }
         std::thread::sleep(LOOK_FOR_END_EVERY);
     }
-    Ok(Some(Order { anew: false }))
+    Ok(true)
 }
 
 impl Desk {
@@ -252,6 +265,7 @@ impl Desk {
 
     /// Asks for an upgrade. If there is one, this process ends before it hears of that.
     pub fn upgrade(&self) -> Result<()> {
+        let _alone = self.0.asking.lock().unwrap_or_else(PoisonError::into_inner);
         self.news().refusal = None;
         self.say("upgrade");
         let decided = |news: &mut News| news.refusal.is_none() && !news.alone;

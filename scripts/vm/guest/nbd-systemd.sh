@@ -28,12 +28,12 @@ program=/usr/local/sbin/ghostswap-nbd
 tls="tls-certificates=/etc/pki/node1&socket=/run/ghostswap/nbd.sock"
 uri="nbds+unix://localhost/swap1?$tls"
 main_pid() { of_unit MainPID; }
-identity() { nbdinfo "$uri" | sed -n 's/.*description: ghostswap volume //p'; }
+identity() { nbdinfo --no-content "$uri" | sed -n 's/.*description: ghostswap volume //p'; }
 version_of_main() { "/proc/$(main_pid)/exe" --version; }
 # 8 MiB that compress to about half, and the same from the export.
 bytes=8388608
 head -c $((bytes / 2)) /dev/urandom >/tmp/image
-seq 1 1200000 | head -c $((bytes / 2)) >>/tmp/image
+seq 1 1200000 2>/dev/null | head -c $((bytes / 2)) >>/tmp/image
 has_all() {
   rm -f /tmp/back
   nbdcopy "$uri" /tmp/back && cmp -n $bytes /tmp/image /tmp/back && [ "$(identity)" = "$who" ]
@@ -52,7 +52,7 @@ uri="nbds://127.0.0.1/swap2?$tls"
 n=0
 while [ ! -e /tmp/enough ]; do
   n=$((n + 1))
-  yes "$n" | head -c 65536 >/tmp/page
+  yes "$n" 2>/dev/null | head -c 65536 >/tmp/page
   until nbdcopy /tmp/page "$uri" 2>/dev/null; do sleep 0.1; done
   until nbdcopy "$uri" /tmp/page-back 2>/dev/null; do sleep 0.1; done
   cmp -n 65536 /tmp/page /tmp/page-back || { echo "round $n" >/tmp/damaged; exit 1; }
