@@ -112,7 +112,7 @@ pub fn resume(signals: Signals, watchdog: Duration) -> Result<ExitCode> {
         None => {
             supervisor.older = Some(program);
             // First of all: from then on somebody serves, whatever becomes of this process.
-            supervisor.standby.iter_mut().for_each(|standby| standby.tell("next"));
+            supervisor.standby.iter().for_each(|standby| standby.tell("next"));
             supervisor.worker.iter().for_each(|worker| worker.signal(Signal::TERM));
             supervisor.leaving = Some(Instant::now());
         }
@@ -273,10 +273,10 @@ impl Supervisor {
         self.tell_status();
     }
 
-    fn tell_status(&mut self) {
+    fn tell_status(&self) {
         // Numbers and text always serialise.
         let status = serde_json::to_string(&self.history).unwrap_or_default();
-        self.worker.iter_mut().for_each(|worker| worker.tell(&format!("status {status}")));
+        self.worker.iter().for_each(|worker| worker.tell(&format!("status {status}")));
     }
 
     /// Some child ended. The server's status, if it ends with it.
@@ -406,7 +406,7 @@ impl Supervisor {
         self.history.upgrade_error = Some(why.to_owned());
         self.tell_status();
         let line = format!("refused {}", why.replace('\n', " "));
-        self.worker.iter_mut().for_each(|worker| worker.tell(&line));
+        self.worker.iter().for_each(|worker| worker.tell(&line));
     }
 }
 

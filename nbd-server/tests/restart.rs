@@ -5,7 +5,7 @@
 
 mod common;
 
-use common::{kill, Server};
+use common::{is_running, kill, Server};
 use rustix::net::{recvmsg, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
@@ -102,6 +102,10 @@ fn all_processes_die_and_what_the_manager_kept_is_served_again() {
     let processes = [server.child.id(), server.worker(), server.await_standby()];
     processes.into_iter().for_each(|process| kill("KILL", process));
     server.child.wait().unwrap();
+    // As a manager does before it starts the next.
+    while processes.into_iter().any(is_running) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
     std::mem::forget(server);
 
     // Another command line: a is larger, b smaller, and c is new.

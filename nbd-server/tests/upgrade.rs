@@ -32,10 +32,11 @@ fn content(page: u64, version: u64) -> Vec<u8> {
     bytes
 }
 
-/// What `install` does: another file in its place.
+/// What `install` does: another file in its place. Written by another process: a program cannot be called while one that
+/// was forked from this just now has it open to be written.
 fn install(program: &Path, at: &Path) {
     let beside = at.with_extension("new");
-    std::fs::copy(program, &beside).unwrap();
+    run(Command::new("cp").args([program, &beside]));
     std::fs::rename(beside, at).unwrap();
 }
 
@@ -254,6 +255,37 @@ fn what_cannot_take_over_is_refused_and_the_old_program_serves_on() {
     still_serves();
     installed.does(&["upgrade"]);
     assert!(installed.client(b"a").read_page(7) == content(7, 1));
+    installed.server.end();
+}
+
+#[test]
+fn a_call_that_fails_changes_nothing() {
+    let installed = Installed::start("uncalled", &["--export", "a,size=1M"]);
+    let mut client = installed.client(b"a");
+    client.write_page(7, &content(7, 1));
+    let (supervisor, worker) = (installed.server.child.id(), installed.server.worker());
+    let children = || std::fs::read_to_string(format!("/proc/{supervisor}/task/{supervisor}/children")).unwrap();
+    install(&next(), &installed.program);
+    let new = inode(&installed.program);
+    let runs_it = |pid: &str| std::fs::metadata(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe.ino() == new);
+    std::thread::scope(|scope| {
+        let upgrade = scope.spawn(|| installed.refuses_to_upgrade("cannot call"));
+        // As soon as its worker runs, and some milliseconds before that is ready, it may not be called any more.
+        while !children().split_whitespace().any(runs_it) && !upgrade.is_finished() {}
+        let may_not = std::os::unix::fs::PermissionsExt::from_mode(0o644);
+        std::fs::set_permissions(&installed.program, may_not).unwrap();
+    });
+    assert!(client.read_page(7) == content(7, 1), "the connection was not even broken");
+    assert_eq!(installed.server.worker(), worker);
+    // It goes on as before: those who die are followed.
+    for _ in 0..3 {
+        let worker = installed.server.worker();
+        kill("KILL", worker);
+        assert_ne!(installed.server.next_worker(worker), worker);
+        assert!(installed.client(b"a").read_page(7) == content(7, 1));
+    }
+    install(&next(), &installed.program);
+    installed.does(&["upgrade"]);
     installed.server.end();
 }
 

@@ -18,6 +18,7 @@ use crate::listen::Listener;
 use anyhow::{anyhow, ensure, Context, Error, Result};
 use rustix::process::Pid;
 use serde::{Deserialize, Serialize};
+use signal_hook::consts::SIGPIPE;
 use socket2::Socket;
 use std::ffi::OsString;
 use std::fs::File;
@@ -26,6 +27,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 
 /// Of the letter and of the words between supervisor and worker.
 pub const VERSION: &str = "2";
@@ -130,6 +132,9 @@ pub fn call(
         Ok(error) => anyhow!("cannot call {}: {error}", path.display()),
         Err(why) => why,
     };
+    // Who calls a program gets back what a program begins with: such a signal ends it. Whoever reads the log may go, and
+    // the pages must not go with him.
+    let _ = signal_hook::flag::register(SIGPIPE, Arc::default());
     // The letter is not to lie here.
     if let Ok(null) = File::open("/dev/null") {
         let _ = rustix::stdio::dup2_stdin(null);

@@ -7,8 +7,9 @@ use super::{handover, pass};
 use crate::listen::Listener;
 use crate::pulse::Pulse;
 use anyhow::{ensure, Context, Result};
+use rustix::net::{send, SendFlags};
 use rustix::process::{kill_process, waitpid, Pid, Signal, WaitOptions, WaitStatus};
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -120,9 +121,9 @@ impl Worker {
         hangs
     }
 
-    pub fn tell(&mut self, line: &str) {
+    pub fn tell(&self, line: &str) {
         // One that does not listen is dead, or will be found to hang.
-        let _ = self.link.write_all(format!("{line}\n").as_bytes());
+        let _ = send(&self.link, format!("{line}\n").as_bytes(), SendFlags::NOSIGNAL);
     }
 
     pub fn signal(&self, signal: Signal) {
