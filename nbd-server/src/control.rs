@@ -6,19 +6,25 @@
 //! | `{"cmd":"list"}` | `{"ok":true,"exports":[…]}` |
 //! | `{"cmd":"add","spec":"a,size=64G"}` | `{"ok":true}`; the spec is what `--export` takes |
 //! | `{"cmd":"remove","name":"a"}` | `{"ok":true}` once nothing of it is stored any more |
+//! | `{"cmd":"status"}` | `{"ok":true,"version":"0.1.0","upgrades":0,…}`: what happened since the server was started; `alone`: nobody supervises |
+//! | `{"cmd":"upgrade"}` | none, if the upgrade begins: the connection ends with this worker, and the next one's status tells the rest |
 //!
 //! A refusal is `{"ok":false,"error":"one line"}`.
 
 use crate::export::{ExportConfig, Exports};
 use crate::listen::Listener;
+use crate::supervise::Desk;
+use crate::VERSION;
 use anyhow::{bail, Context, Result};
 use ghostswap::config::format_size;
 use serde::{Deserialize, Serialize};
 use serde_json::{json, Value};
-use std::io::{BufRead, BufReader, Read, Write};
+use socket2::Socket;
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// Longest request.
 const LINE_BYTES: u64 = 16 << 10;
@@ -26,6 +32,10 @@ const LINE_BYTES: u64 = 16 << 10;
 const CLIENT_PATIENCE: Duration = Duration::from_secs(2);
 /// Removing an export drops all that it holds.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(60);
+/// A new program has to get ready before it is known whether there is an upgrade.
+const UPGRADE_PATIENCE: Duration = Duration::from_secs(120);
+/// How often to ask how an upgrade went.
+const ASK_EVERY: Duration = Duration::from_millis(10);
 
 #[derive(Serialize, Deserialize)]
 #[serde(tag = "cmd", rename_all = "lowercase")]
@@ -33,10 +43,19 @@ pub enum Request {
     List,
     Add { spec: String },
     Remove { name: String },
+    Status,
+    Upgrade,
 }
 
-fn carry_out(exports: &Exports, line: &str) -> Value {
-    let done = match serde_json::from_str(line) {
+fn carry_out(exports: &Exports, desk: &Desk, request: serde_json::Result<Request>) -> Value {
+    let done = match request {
+        Ok(Request::Status) => {
+            let mut status = desk.status();
+            status["ok"] = true.into();
+            status["version"] = VERSION.into();
+            return status;
+        }
+        Ok(Request::Upgrade) => desk.upgrade().map_err(|e| format!("{e:#}")),
         Ok(Request::List) => return json!({"ok": true, "exports": exports.describe()}),
         Ok(Request::Add { spec }) => {
             spec.parse::<ExportConfig>().and_then(|config| exports.add(&config).map_err(|e| e.to_string()))
@@ -50,24 +69,48 @@ fn carry_out(exports: &Exports, line: &str) -> Value {
     }
 }
 
-fn serve_one(listener: &Listener, exports: &Exports) -> std::io::Result<()> {
-    let (mut client, _) = listener.socket.accept()?;
+fn serve_one(listener: &Listener, exports: &Arc<Exports>, desk: &Desk) -> std::io::Result<()> {
+    let (client, _) = listener.socket.accept()?;
     client.set_read_timeout(Some(CLIENT_PATIENCE))?;
     client.set_write_timeout(Some(CLIENT_PATIENCE))?;
     let mut line = String::new();
     BufReader::new(Read::take(&client, LINE_BYTES)).read_line(&mut line)?;
-    writeln!(client, "{}", carry_out(exports, &line))
+    let request = serde_json::from_str(&line);
+    if !matches!(request, Ok(Request::Upgrade)) {
+        return answer(client, &carry_out(exports, desk, request));
+    }
+    // It takes its time, and others may come meanwhile.
+    let (exports, desk) = (exports.clone(), desk.clone());
+    let upgrade = move || answer(client, &carry_out(&exports, &desk, request));
+    std::thread::Builder::new().name("nbd-upgrade".into()).spawn(upgrade).map(drop)
+}
+
+fn answer(mut client: Socket, answer: &Value) -> std::io::Result<()> {
+    writeln!(client, "{answer}")
 }
 
 /// Asks the server that listens at `path`.
 fn ask(path: &Path, request: &Request) -> Result<Value> {
     let place = || format!("no server listens at {}", path.display());
-    let mut stream = UnixStream::connect(path).with_context(place)?;
-    stream.set_read_timeout(Some(ANSWER_PATIENCE))?;
+    let stream = UnixStream::connect(path).with_context(place)?;
+    let answer = ask_at(stream, request, ANSWER_PATIENCE)?.context("no answer from the server")?;
+    checked(answer)
+}
+
+/// None: it hung up without an answer.
+fn ask_at(mut stream: UnixStream, request: &Request, patience: Duration) -> Result<Option<Value>> {
+    stream.set_read_timeout(Some(patience))?;
     writeln!(stream, "{}", serde_json::to_string(request)?).context("no answer from the server")?;
     let mut line = String::new();
-    BufReader::new(stream).read_line(&mut line).context("no answer from the server")?;
-    let answer: Value = serde_json::from_str(&line).context("no answer from the server")?;
+    match BufReader::new(stream).read_line(&mut line) {
+        Err(error) if error.kind() == ErrorKind::ConnectionReset => Ok(None),
+        Err(error) => Err(error).context("no answer from the server"),
+        Ok(0) => Ok(None),
+        Ok(_) => serde_json::from_str(&line).map(Some).context("no answer from the server"),
+    }
+}
+
+fn checked(answer: Value) -> Result<Value> {
     match &answer["error"] {
         Value::String(why) => bail!("{why}"),
         _ => Ok(answer),
@@ -77,6 +120,38 @@ fn ask(path: &Path, request: &Request) -> Result<Value> {
 /// Has an export added or removed.
 pub fn change(path: &Path, request: &Request) -> Result<()> {
     ask(path, request).map(drop)
+}
+
+/// Has the server replaced by the program that lies at its path; how that went, to be printed.
+pub fn upgrade(path: &Path) -> Result<String> {
+    let upgrades = |status: &Value| status["upgrades"].as_u64().unwrap_or(0);
+    let before = ask(path, &Request::Status)?;
+    let stream = UnixStream::connect(path).with_context(|| format!("no server listens at {}", path.display()))?;
+    if let Some(answer) = ask_at(stream, &Request::Upgrade, UPGRADE_PATIENCE)? {
+        checked(answer)?;
+    }
+    let begun = Instant::now();
+    while begun.elapsed() < ANSWER_PATIENCE {
+        // Nobody may be there yet, or somebody who ends.
+        let now = UnixStream::connect(path).map_err(Into::into);
+        match now.and_then(|stream| ask_at(stream, &Request::Status, ANSWER_PATIENCE)) {
+            Ok(Some(now)) if upgrades(&now) > upgrades(&before) => {
+                let version = |status: &Value| status["version"].as_str().unwrap_or("?").to_owned();
+                let ms = now["last_take_over_us"].as_u64().unwrap_or(0) as f64 / 1000.0;
+                return Ok(format!("{} replaced by {} within {ms:.1} ms", version(&before), version(&now)));
+            }
+            Ok(Some(now)) if now["upgrade_error"].is_string() => {
+                bail!("not upgraded, the old program serves: {}", now["upgrade_error"].as_str().unwrap_or("?"))
+            }
+            Ok(Some(now)) if now["alone"] == true => {
+                bail!("the supervisor died meanwhile; a worker serves without one")
+            }
+            Ok(Some(now)) if now["upgrades"].is_u64() => bail!("not upgraded: the worker that was asked died first"),
+            // One that is so new that it does not know how it came about.
+            _ => std::thread::sleep(ASK_EVERY),
+        }
+    }
+    bail!("no news of the upgrade after {ANSWER_PATIENCE:?}; the server's log tells more")
 }
 
 /// What there is, to be printed.
@@ -110,10 +185,10 @@ pub fn list(path: &Path, as_json: bool) -> Result<String> {
 }
 
 /// Serves clients for as long as the process lives.
-pub fn serve(listener: &Listener, exports: &Exports) {
+pub fn serve(listener: &Listener, exports: &Arc<Exports>, desk: &Desk) {
     loop {
         // A client that hangs up early has its reasons; one that cannot be accepted must not have us spin.
-        if serve_one(listener, exports).is_err() {
+        if serve_one(listener, exports, desk).is_err() {
             std::thread::sleep(Duration::from_millis(20));
         }
     }

@@ -7,6 +7,7 @@ use crate::tls::Tls;
 use crate::transmission;
 use crate::transport::Transport;
 use crate::wire::Wire;
+use crate::work::Work;
 use ghostswap::Store;
 use std::io::{Read, Result, Write};
 use std::os::fd::BorrowedFd;
@@ -22,7 +23,7 @@ pub struct Said {
 /// From the first byte on.
 pub fn from_handshake(offer: &Offer, input: &[u8]) -> Said {
     held(input, |wire| match negotiate(wire, offer)? {
-        Some(chosen) => transmission::serve(wire, *chosen, transmission::IN_FLIGHT_BYTES),
+        Some(chosen) => transmission::serve(wire, *chosen, transmission::IN_FLIGHT_BYTES, &Work::default()),
         None => Ok(()),
     })
 }
@@ -34,7 +35,7 @@ pub fn from_requests(offer: &Offer, form: Form, input: &[u8]) -> Said {
         let lane = visit.0.volume.lane().map_err(std::io::Error::other)?;
         let contexts = [form != Form::Simple; 2];
         let chosen = Chosen { lane, visit, form, contexts, client: Vec::new() };
-        transmission::serve(wire, chosen, transmission::IN_FLIGHT_BYTES)
+        transmission::serve(wire, chosen, transmission::IN_FLIGHT_BYTES, &Work::default())
     })
 }
 
@@ -42,7 +43,7 @@ pub fn from_requests(offer: &Offer, form: Form, input: &[u8]) -> Said {
 pub fn offer(store: &Store, exports: &[&str]) -> ghostswap::Result<Offer> {
     let parsed = exports.iter().map(|text| text.parse()).collect::<std::result::Result<Vec<_>, _>>();
     let exports = Exports::open(store, &parsed.map_err(ghostswap::Error::InvalidConfig)?, None, drop, true)?;
-    Ok(Offer { exports, tls: Tls::Off, handshake_time: Duration::from_secs(600) })
+    Ok(Offer { exports: Arc::new(exports), tls: Tls::Off, handshake_time: Duration::from_secs(600) })
 }
 
 fn held(input: &[u8], talk: impl FnOnce(&mut Wire) -> Result<()>) -> Said {
@@ -94,6 +95,10 @@ impl Transport for Memory {
 
     fn wait(&self, _: Option<BorrowedFd<'_>>, _: Duration) -> Result<bool> {
         Ok(true)
+    }
+
+    fn is_cut(&self) -> Result<bool> {
+        Ok(false)
     }
 
     fn finish(&self) -> Result<()> {

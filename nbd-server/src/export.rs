@@ -14,6 +14,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tracing::info;
 
+mod merge;
+
 /// How long a template's export stays without a client, if it is not told.
 const LINGER: Duration = Duration::from_secs(60);
 
@@ -298,6 +300,19 @@ impl Entry {
     }
 }
 
+fn damaged(why: String) -> Error {
+    Error::InvalidConfig(format!("the table of exports is damaged: {why}"))
+}
+
+fn read(table: &str) -> Result<Vec<Entry>, Error> {
+    serde_json::from_str(table).map_err(|e| damaged(e.to_string()))
+}
+
+/// Whether this program can read a table that another may have written.
+pub fn check_table(table: &str) -> Result<(), Error> {
+    read(table).map(drop)
+}
+
 impl Exports {
     /// Those of the command line; or those of the worker before, whose volumes are there.
     pub fn open(
@@ -324,9 +339,7 @@ impl Exports {
             wanted.iter().try_for_each(|config| exports.put(&mut lock(&exports.table), config))?;
             return Ok(exports);
         };
-        let damaged = |why: String| Error::InvalidConfig(format!("the table of exports is damaged: {why}"));
-        let entries: Vec<Entry> = serde_json::from_str(before).map_err(|e| damaged(e.to_string()))?;
-        for entry in &entries {
+        for entry in &read(before)? {
             let config = entry.config();
             let Some(number) = entry.volume else {
                 table.templates.push(config);
@@ -387,11 +400,16 @@ impl Exports {
         (self.tell)(table.line());
     }
 
-    fn put(&self, table: &mut Table, config: &ExportConfig) -> Result<(), Error> {
+    fn check(&self, config: &ExportConfig) -> Result<(), Error> {
         if !config.clients.is_empty() && !self.knows_clients {
             let why = format!("export '{}': client= needs --tls-client-ca or --tls-verify-peer", config.name);
             return Err(Error::InvalidConfig(why));
         }
+        Ok(())
+    }
+
+    fn put(&self, table: &mut Table, config: &ExportConfig) -> Result<(), Error> {
+        self.check(config)?;
         if table.exports.iter().any(|export| export.name == config.name)
             || table.templates.iter().any(|template| template.name == config.name)
         {

@@ -19,7 +19,7 @@ const MAX_OPTION_BYTES: usize = 64 << 10;
 
 /// What a server has for clients, and on which terms.
 pub struct Offer {
-    pub exports: Exports,
+    pub exports: Arc<Exports>,
     pub tls: Tls,
     /// For all of the negotiation. A client on a slow network takes a second.
     pub handshake_time: Duration,

@@ -1,6 +1,6 @@
 //! The NBD server without its command line: what `ghostswap-nbd`, its tests and its fuzz targets share.
 //!
-//! `supervise` keeps the arena and the listening sockets, and a worker that serves. `control` is the
+//! `supervise` keeps the arena and the listening sockets, a worker that serves and one that stands by. `control` is the
 //! socket by which exports are listed, added and removed. A connection's way: `listen` accepts it, `server` counts it and gives it a thread, `handshake` agrees
 //! on an export and a form of messages, `transmission` answers requests through one `Lane`. Below them
 //! `wire` buffers bytes, in TLS or plain, over any `transport`; `proto` alone knows the layout of messages; it is the
@@ -18,12 +18,21 @@ pub mod export;
 pub mod fetching;
 pub mod handshake;
 pub mod listen;
+pub mod notify;
 pub mod parked;
+pub mod pulse;
 pub mod server;
 pub mod supervise;
 pub mod tls;
 pub mod transmission;
 pub mod transport;
 pub mod wire;
+pub mod work;
 
 pub use ghostswap::nbd::proto;
+
+/// The version; whoever builds a variant names it by `GHOSTSWAP_VERSION`.
+pub const VERSION: &str = match option_env!("GHOSTSWAP_VERSION") {
+    Some(version) => version,
+    None => env!("CARGO_PKG_VERSION"),
+};

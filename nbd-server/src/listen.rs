@@ -1,9 +1,12 @@
 //! Where clients come in: Unix sockets, TCP, vsock, and sockets that systemd made.
 
+use crate::supervise::KEPT;
 use anyhow::{bail, Context, Result};
+use rustix::io::{fcntl_setfd, FdFlags};
 use socket2::{Domain, SockAddr, Socket, Type};
 use std::io::ErrorKind;
 use std::net::ToSocketAddrs;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -34,6 +37,15 @@ impl Listener {
     /// One that somebody else made, and removes.
     pub fn of(socket: Socket, name: String) -> Listener {
         Listener { socket, name, file: None }
+    }
+
+    /// One that another process of ours made, which left it to us with the file.
+    pub fn left(socket: Socket, name: String, file: Option<PathBuf>) -> Listener {
+        Listener { socket, name, file }
+    }
+
+    pub fn file(&self) -> Option<&Path> {
+        self.file.as_deref()
     }
 
     pub fn is_control(&self) -> bool {
@@ -96,21 +108,45 @@ pub fn vsock(port: u32) -> Result<Listener> {
     Ok(Listener::of(socket, format!("vsock port {port}")))
 }
 
-/// Those that systemd listens at for us (LISTEN_FDS). It removes what it made.
-pub fn from_systemd() -> Result<Vec<Listener>> {
+/// What systemd gives us.
+pub struct Passed {
+    /// What it listens at for us (LISTEN_FDS). It removes what it made.
+    pub listeners: Vec<Listener>,
+    /// What a server before us had it keep: arena and tables, if all of them are there.
+    pub kept: Option<[OwnedFd; 3]>,
+}
+
+pub fn from_systemd() -> Result<Passed> {
     let given = sd_listen_fds::get().context("cannot take systemd's sockets")?;
-    let taken = given.into_iter().map(|(name, descriptor)| {
-        let name = format!("systemd's socket {}", name.unwrap_or_default());
-        let socket = Socket::from(descriptor.into_std());
+    let (mut listeners, mut kept) = (Vec::new(), [const { None }; KEPT.len()]);
+    for (name, descriptor) in given {
+        let descriptor = descriptor.into_std();
+        // A worker gets its own; and the arena's lock goes with any of them that is closed.
+        fcntl_setfd(&descriptor, FdFlags::CLOEXEC).context("cannot take systemd's sockets")?;
+        let name = name.unwrap_or_default();
+        if let Some(which) = KEPT.iter().position(|kept| *kept == name) {
+            kept[which] = Some(descriptor);
+            continue;
+        }
+        let name = format!("systemd's socket {name}");
+        let socket = Socket::from(descriptor);
         match socket.is_listener() {
             Ok(true) if socket.r#type()? == Type::STREAM => {}
             _ => bail!("{} is not a stream socket that listens (Accept=no is needed)", name.trim_end()),
         }
         // Whoever made it may have it not block; we have a thread for it that may.
         socket.set_nonblocking(false)?;
-        Ok(Listener::of(socket, name))
-    });
-    taken.collect()
+        listeners.push(Listener::of(socket, name));
+    }
+    let kept = match kept {
+        [Some(arena), Some(first), Some(second)] => Some([arena, first, second]),
+        [None, None, None] => None,
+        _ => bail!(
+            "systemd kept only a part of {}: raise FileDescriptorStoreMax, and stop before the next start",
+            KEPT.join(", ")
+        ),
+    };
+    Ok(Passed { listeners, kept })
 }
 
 /// Removes a socket that nobody listens at; anything else at the path is not ours to remove.

@@ -8,27 +8,28 @@
 use anyhow::{Context, Result};
 use clap::{ArgGroup, Parser, Subcommand, ValueEnum};
 use ghostswap::config::parse_size;
-use ghostswap::{create_arena, Store, StoreConfig, TierConfig};
-use ghostswap_nbd::export::{ExportConfig, Exports};
+use ghostswap::{create_arena, Standby, StoreConfig, TierConfig};
+use ghostswap_nbd::export::{check_table, ExportConfig, Exports};
 use ghostswap_nbd::handshake::Offer;
 use ghostswap_nbd::server::{Limits, Server};
-use ghostswap_nbd::supervise::{self, Given};
+use ghostswap_nbd::supervise::{self, Estate, Given, Tables};
 use ghostswap_nbd::tls::{Tls, TlsFiles};
-use ghostswap_nbd::{connect, control, listen};
-use signal_hook::consts::{SIGCHLD, SIGINT, SIGTERM, SIGUSR1};
+use ghostswap_nbd::{connect, control, listen, VERSION};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
-use tracing::info;
+use tracing::{error, info};
 
 /// Connections beyond those that have a lane: clients that negotiate, or only ask what there is.
 const NEGOTIATING: usize = 64;
 
 /// Serve sparse compressed volumes to NBD clients.
 #[derive(Parser)]
-#[command(version, group = ArgGroup::new("identity").args(["tls_cert", "tls_certificates"]))]
+#[command(version = VERSION, group = ArgGroup::new("identity").args(["tls_cert", "tls_certificates"]))]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 struct Args {
     #[command(subcommand)]
@@ -69,6 +70,9 @@ struct Args {
     /// that wait for the disk tier; 0: none waits, and all replies come in order
     #[arg(long, value_name = "SIZE", default_value = "4M", value_parser = in_flight_bytes)]
     max_in_flight: usize,
+    /// Replace a process of the server that shows no sign of life for so long; 0: never
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u32).range(..=3600))]
+    watchdog: u32,
     /// The server's certificate, and those between it and its root, in PEM
     #[arg(long, value_name = "FILE", requires = "tls_key")]
     tls_cert: Option<PathBuf>,
@@ -94,6 +98,11 @@ enum Command {
     /// List the exports of a running server, or change them
     #[command(subcommand)]
     Exports(ExportsCommand),
+    /// Replace a running server by the program that lies at its path now, keeping all it holds
+    Upgrade {
+        #[command(flatten)]
+        at: At,
+    },
     /// Connect a device of the kernel's nbd driver to a server, and stay to connect it again
     Connect(connect::Options),
     /// Disconnect such a device, if it is not in use
@@ -218,7 +227,9 @@ fn main() -> ExitCode {
             // Which arguments are missing stands below the first line.
             let lines: Vec<&str> = text.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
             let line = lines.join(" ");
-            complain(format_args!("{} (see --help)", line.strip_prefix("error: ").unwrap_or(&line)));
+            let line = line.strip_prefix("error: ").unwrap_or(&line);
+            supervise::tell_failure(line);
+            complain(format_args!("{line} (see --help)"));
             return ExitCode::from(2);
         }
     };
@@ -233,6 +244,10 @@ fn main() -> ExitCode {
         .init();
     let done = match args.command {
         Some(Command::Exports(command)) => command.run(),
+        Some(Command::Upgrade { at }) => control::upgrade(&at.control).map(|how| {
+            println!("{how}");
+            ExitCode::SUCCESS
+        }),
         Some(Command::Connect(options)) => connect::run(&options),
         Some(Command::Disconnect { device }) => connect::disconnect(&device),
         None => run(&args),
@@ -240,6 +255,7 @@ fn main() -> ExitCode {
     match done {
         Ok(code) => code,
         Err(error) => {
+            supervise::tell_failure(&format!("{error:#}"));
             complain(format_args!("{error:#}"));
             match error.downcast_ref() {
                 Some(ghostswap::Error::InvalidConfig(_)) => ExitCode::from(2),
@@ -254,8 +270,12 @@ fn run(args: &Args) -> Result<ExitCode> {
         return serve(args, given).map(|()| ExitCode::SUCCESS);
     }
     // First of all, so that no signal finds the socket made and nobody to remove it.
-    let mut signals = Signals::new([SIGTERM, SIGINT, SIGUSR1, SIGCHLD]).context("cannot catch signals")?;
-    let mut listeners = listen::from_systemd()?;
+    let signals = supervise::Signals::new()?;
+    let watchdog = Duration::from_secs(args.watchdog.into());
+    if supervise::is_called() {
+        return supervise::resume(signals, watchdog);
+    }
+    let listen::Passed { mut listeners, kept } = listen::from_systemd()?;
     if listeners.is_empty() && args.unix.is_none() && args.tcp.is_none() && args.vsock.is_none() {
         return Err(bad_usage("nowhere to listen: give --unix, --tcp or --vsock, or have systemd listen".into()));
     }
@@ -263,7 +283,12 @@ fn run(args: &Args) -> Result<ExitCode> {
     listeners.extend(args.vsock.map(listen::vsock).transpose()?);
     listeners.extend(args.unix.as_deref().map(listen::unix).transpose()?);
     listeners.extend(args.control.as_deref().map(listen::control).transpose()?);
-    supervise::run(&mut signals, &create_arena(false)?, &listeners)
+    let found = kept.is_some();
+    let (arena, tables) = match kept {
+        Some([arena, first, second]) => (arena, Tables::of([first, second])),
+        None => (create_arena(false)?, Tables::new()?),
+    };
+    supervise::run(signals, watchdog, Estate { arena, tables, listeners }, found)
 }
 
 /// A worker's life.
@@ -275,16 +300,30 @@ fn serve(args: &Args, given: Given) -> Result<()> {
         config.max_lanes = lanes.into();
     }
     let connections = args.max_connections.map_or(config.max_lanes + NEGOTIATING, |most| most as usize);
-    let Given { arena, listeners, table, link } = given;
-    let store = Store::open_arena(config, arena)?;
-    let offer = Offer {
-        exports: Exports::open(&store, &args.export, table.as_deref(), link.teller()?, args.knows_clients())?,
-        tls,
-        handshake_time: Duration::from_secs(args.handshake_time.into()),
+    let Given { arena, tables, listeners, mut link } = given;
+    let mut standby = Standby::new(config, arena)?;
+    // It may be another program's.
+    standby.check()?;
+    tables.latest()?.map_or(Ok(()), |table| check_table(&table))?;
+    let Some(order) = link.stand_by(&mut standby)? else { return Ok(()) };
+    let store = standby.open()?;
+    let table = tables.latest()?;
+    let tell = move |table: String| {
+        tables.put(&table).unwrap_or_else(|e| error!("a change of exports will not outlive this process: {e}"));
     };
+    let exports = Exports::open(&store, &args.export, table.as_deref(), tell, args.knows_clients())?;
+    if order.anew && table.is_some() {
+        exports.merge(&args.export)?;
+    }
+    let offer =
+        Offer { exports: Arc::new(exports), tls, handshake_time: Duration::from_secs(args.handshake_time.into()) };
     let idle_time = args.idle_time.map(|seconds| Duration::from_secs(seconds.into()));
     let server = Server::new(offer, Limits { connections, idle_time, in_flight_bytes: args.max_in_flight });
-    server.serve_at(&listeners)?;
+    server.serve_at(&listeners, &link.desk)?;
+    if args.watchdog > 0 {
+        let (server, limit) = (server.clone(), Duration::from_secs(args.watchdog.into()));
+        link.desk.watch_over(move || server.find_standing(limit));
+    }
     link.watch()?;
     for signal in signals.forever() {
         if signal != SIGUSR1 {

@@ -7,7 +7,9 @@
 
 use crate::handshake::{self, Offer};
 use crate::listen::Listener;
+use crate::supervise::Desk;
 use crate::wire::Wire;
+use crate::work::{Watched, Work};
 use crate::{control, transmission, transport};
 use anyhow::{Context, Result};
 use socket2::Socket;
@@ -48,9 +50,14 @@ struct Shared {
     one_left: Condvar,
 }
 
+struct Open {
+    socket: Socket,
+    watched: Watched,
+}
+
 #[derive(Default)]
 struct Connections {
-    open: HashMap<u64, Socket>,
+    open: HashMap<u64, Open>,
     next: u64,
     ending: bool,
     /// Refused since that was last told, and when that was.
@@ -75,14 +82,15 @@ impl Server {
     }
 
     /// Serves whoever connects, for as long as the process lives, and says that it does.
-    pub fn serve_at(&self, listeners: &[Listener]) -> Result<()> {
+    pub fn serve_at(&self, listeners: &[Listener], desk: &Desk) -> Result<()> {
         let spawn = |name: &str, body: Box<dyn FnOnce() + Send>| {
             std::thread::Builder::new().name(name.into()).spawn(body).context("cannot start a thread").map(drop)
         };
         for listener in listeners.iter().filter(|listener| listener.is_control()) {
             let socket = listener.socket.try_clone().context("cannot accept clients")?;
             let (listener, server) = (Listener::of(socket, listener.name.clone()), self.clone());
-            spawn("nbd-control", Box::new(move || control::serve(&listener, &server.0.offer.exports)))?;
+            let desk = desk.clone();
+            spawn("nbd-control", Box::new(move || control::serve(&listener, &server.0.offer.exports, &desk)))?;
         }
         let server = self.clone();
         let sweep = move || loop {
@@ -126,11 +134,12 @@ impl Server {
         };
         let number = connections.next;
         connections.next += 1;
-        connections.open.insert(number, second);
+        let work = Arc::new(Work::default());
+        connections.open.insert(number, Open { socket: second, watched: Watched::new(work.clone()) });
         drop(connections);
         let server = self.clone();
         let serving = move || {
-            server.serve(number, socket);
+            server.serve(number, socket, &work);
             server.forget(number);
         };
         if let Err(error) = std::thread::Builder::new().name(format!("nbd-{number}")).spawn(serving) {
@@ -144,7 +153,7 @@ impl Server {
         self.0.one_left.notify_all();
     }
 
-    fn serve(&self, number: u64, socket: Socket) {
+    fn serve(&self, number: u64, socket: Socket, work: &Work) {
         let mut wire = Wire::new(Box::new(socket));
         let chosen = match handshake::negotiate(&mut wire, &self.0.offer) {
             Ok(Some(chosen)) => chosen,
@@ -154,8 +163,8 @@ impl Server {
         };
         info!(connection = number, export = chosen.visit.0.name, client = chosen.client.first(), "client connected");
         let Limits { idle_time, in_flight_bytes, .. } = self.0.limits;
-        let served =
-            wire.set_idle_time(idle_time).and_then(|()| transmission::serve(&mut wire, *chosen, in_flight_bytes));
+        let served = wire.set_idle_time(idle_time);
+        let served = served.and_then(|()| transmission::serve(&mut wire, *chosen, in_flight_bytes, work));
         // Its lane is free by now, so that it may take its time.
         match served.and_then(|()| wire.close()) {
             Ok(()) => info!(connection = number, "client left"),
@@ -168,9 +177,9 @@ impl Server {
         let deadline = Instant::now() + GRACE;
         let mut connections = self.connections();
         connections.ending = true;
-        for socket in connections.open.values() {
+        for open in connections.open.values() {
             // A client that is gone already needs no shutdown.
-            let _ = socket.shutdown(Shutdown::Read);
+            let _ = open.socket.shutdown(Shutdown::Read);
         }
         while !connections.open.is_empty() {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -180,6 +189,19 @@ impl Server {
             let waited = self.0.one_left.wait_timeout(connections, left);
             connections = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+
+    /// A connection whose thread has been at the same step for so long: which. Whoever asks stands himself if a lock
+    /// that all need is never given up.
+    pub fn find_standing(&self, limit: Duration) -> Option<String> {
+        self.0.offer.exports.all();
+        let mut connections = self.connections();
+        // All of them are looked at, every time.
+        let standing = connections.open.iter_mut().filter_map(|(number, open)| {
+            let stands = open.watched.stands_for() >= limit;
+            stands.then(|| format!("connection {number} has been at one step for {limit:?}"))
+        });
+        standing.last()
     }
 
     /// Writes that waited for room and were refused, of all exports.

@@ -1,216 +1,420 @@
-//! Supervisor and worker: the one holds what must not go, the arena with all pages and the sockets that
-//! listen; the other serves. A worker that crashes or is killed is followed by another on the same arena, and
-//! clients that connect again find their data; meanwhile they wait in the listening sockets' backlog.
+//! Supervisor and workers: the one holds what must not go, the arena with all pages, the table of exports and the
+//! sockets that listen; of the others one serves. A worker that crashes, is killed or hangs is followed by one that
+//! stands by, on the same arena, and clients that connect again find their data; meanwhile they wait in the listening
+//! sockets' backlog.
 //!
-//! The worker is this program once more, with the same arguments. Over its standard input, a socket, it
-//! gets the arena and the listening sockets (SCM_RIGHTS) and what exports there were; it says each time what
-//! exports there are from now on, and learns of the supervisor's end: then it serves on, but nobody follows it.
+//! A worker is this program once more, with the same arguments; `link.rs` has the words between the two, `tables.rs`
+//! the table. It learns of the supervisor's end: then it serves on, but nobody follows it. An upgrade is a newer
+//! program's worker that gets ready, an `exec` (`handover.rs`), and then a take-over like any other. The service
+//! manager keeps arena and tables as well (`notify.rs`), and gives them to whom it starts next.
+//!
+//! The supervisor has one thread and waits for nobody.
 
-use crate::listen::Listener;
+mod handover;
+mod link;
+mod pass;
+mod signals;
+mod tables;
+mod worker;
+
+pub use handover::is_called;
+pub use link::{given, tell_failure, Desk, Given, Link};
+pub use signals::Signals;
+pub use tables::Tables;
+pub use worker::Estate;
+
+use crate::notify;
+use crate::pulse::LOOK_EVERY;
 use anyhow::{bail, ensure, Context, Result};
-use rustix::net::{
-    recvmsg, sendmsg, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags,
-};
-use rustix::process::{kill_process, Pid, Signal};
-use signal_hook::consts::{SIGCHLD, SIGTERM, SIGUSR1};
-use signal_hook::iterator::Signals;
-use socket2::Socket;
-use std::ffi::OsString;
-use std::io::{BufRead, BufReader, IoSlice, IoSliceMut, Read, Write};
-use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
-use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::process::{Child, Command, ExitCode, ExitStatus};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::Arc;
-use std::thread::JoinHandle;
+use handover::{History, Left};
+use rustix::event::{poll, PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
+use rustix::process::{kill_process, Pid, Signal, WaitStatus};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
-use tracing::{error, warn};
+use tracing::{error, info, warn};
+use worker::{describe, ensure_program, reap, Worker};
 
-/// Set in the environment of a worker.
-const WORKER: &str = "GHOSTSWAP_NBD_WORKER";
 /// The running program, even if another lies at its path by now.
 const SELF: &str = "/proc/self/exe";
-const MOST_SOCKETS: usize = 64;
-const MOST_NAMES: usize = 16 << 10;
 /// Before another worker follows one that lived for less than `SHORT`: at first, and at most.
 const PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 const SHORT: Duration = Duration::from_secs(1);
+/// Before one is made to stand by: clients that connect again come first.
+const STANDBY_PAUSE: Duration = Duration::from_secs(1);
+/// How long a newer program's worker may take to get ready before the upgrade is given up.
+const UPGRADE_PATIENCE: Duration = Duration::from_secs(30);
+/// For a worker that is replaced to answer what it was asked.
+const FAREWELL: Duration = Duration::from_secs(1);
+/// What the service manager keeps, by name.
+pub const KEPT: [&str; 3] = ["ghostswap-arena", "ghostswap-table-0", "ghostswap-table-1"];
 
-/// What a worker is given.
-pub struct Given {
-    /// The only descriptor of it here: closing another would give up the arena's lock.
-    pub arena: OwnedFd,
-    pub listeners: Vec<Listener>,
-    /// The exports that the worker before had; None: there was none.
-    pub table: Option<String>,
-    pub link: Link,
+struct Supervisor {
+    signals: Signals,
+    watchdog: Duration,
+    /// Where newer programs are looked for.
+    path: PathBuf,
+    estate: Estate,
+    worker: Option<Worker>,
+    worker_due: Instant,
+    standby: Option<Worker>,
+    standby_due: Instant,
+    /// A program that is to replace this one, and its worker, which is getting ready.
+    newer: Option<(File, Worker)>,
+    /// The program before this one, until a worker of this one has served.
+    older: Option<File>,
+    /// Since when the worker is being ended for its successor.
+    leaving: Option<Instant>,
+    /// When the last worker ended that no other has followed yet.
+    died: Option<Instant>,
+    pause: Duration,
+    /// A worker has served once.
+    served: bool,
+    /// Exports are as the command line has them, as far as it says.
+    anew: bool,
+    /// The service manager has what it is to keep.
+    kept: bool,
+    ending: bool,
+    history: History,
 }
 
-/// A worker's connection to its supervisor.
-pub struct Link(BufReader<UnixStream>);
-
-struct Worker {
-    child: Child,
-    since: Instant,
-    serves: Arc<AtomicBool>,
-    /// Hears what it says until it ends: the last it said of its exports, if it ever served.
-    ear: JoinHandle<Option<String>>,
+/// Supervises until the worker has ended in order, or the first one cannot begin. `found`: what the service manager
+/// had kept is served again.
+pub fn run(signals: Signals, watchdog: Duration, estate: Estate, found: bool) -> Result<ExitCode> {
+    let arguments = std::env::args_os().next().map(PathBuf::from);
+    // Not what it leads to, if it is a link: an upgrade may be another link.
+    let path = match arguments.filter(|name| name.is_absolute()) {
+        Some(path) => path,
+        None => std::env::current_exe().context("cannot find this program's path")?,
+    };
+    let mut supervisor = Supervisor::new(signals, watchdog, path, estate);
+    (supervisor.anew, supervisor.kept) = (found, found);
+    supervisor.watch()
 }
 
-/// What this process was given, if it is a worker.
-pub fn given() -> Result<Option<Given>> {
-    if std::env::var_os(WORKER).is_none() {
-        return Ok(None);
+/// Goes on where an older program left off, or this one, if a newer one gave up.
+pub fn resume(signals: Signals, watchdog: Duration) -> Result<ExitCode> {
+    // Called by a descriptor, it goes by that one's number.
+    rustix::thread::set_name(c"ghostswap-nbd").context("cannot name this process")?;
+    let left = handover::take_letter().context("cannot read what the supervisor before left")?;
+    let Left { path, estate, worker, standby, others, history, returned, program } = left;
+    let mut supervisor = Supervisor::new(signals, watchdog, path, estate);
+    (supervisor.worker, supervisor.standby, supervisor.history) = (worker, standby, history);
+    (supervisor.served, supervisor.kept) = (true, true);
+    for pid in others {
+        // One that is gone needs it no more.
+        let _ = kill_process(pid, Signal::KILL);
     }
-    let link = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned().context("no supervisor")?);
-    let mut names = vec![0; MOST_NAMES];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_SOCKETS + 1))];
-    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    let flags = RecvFlags::CMSG_CLOEXEC;
-    let got = recvmsg(&link, &mut [IoSliceMut::new(&mut names)], &mut ancillary, flags).context("no supervisor")?;
-    let names = String::from_utf8_lossy(&names[..got.bytes]).into_owned();
-    let mut descriptors: Vec<OwnedFd> = Vec::new();
-    for message in ancillary.drain() {
-        if let RecvAncillaryMessage::ScmRights(rights) = message {
-            descriptors.extend(rights);
+    match returned {
+        None => {
+            supervisor.older = Some(program);
+            // First of all: from then on somebody serves, whatever becomes of this process.
+            supervisor.standby.iter().for_each(|standby| standby.tell("next"));
+            supervisor.worker.iter().for_each(|worker| worker.signal(Signal::TERM));
+            supervisor.leaving = Some(Instant::now());
+        }
+        Some(why) => supervisor.refuse(&format!("the new program gave up: {why}")),
+    }
+    supervisor.watch()
+}
+
+impl Supervisor {
+    fn new(signals: Signals, watchdog: Duration, path: PathBuf, estate: Estate) -> Supervisor {
+        let now = Instant::now();
+        Supervisor {
+            signals,
+            watchdog,
+            path,
+            estate,
+            worker: None,
+            worker_due: now,
+            standby: None,
+            standby_due: now,
+            newer: None,
+            older: None,
+            leaving: None,
+            died: None,
+            pause: PAUSE,
+            served: false,
+            anew: false,
+            kept: false,
+            ending: false,
+            history: History::default(),
         }
     }
-    let names: Vec<&str> = names.lines().collect();
-    ensure!(descriptors.len() == names.len() + 1, "the supervisor sent {} descriptors", descriptors.len());
-    let arena = descriptors.remove(0);
-    let named = descriptors.into_iter().zip(names);
-    let listeners = named.map(|(socket, name)| Listener::of(Socket::from(socket), name.to_owned())).collect();
-    let mut link = BufReader::new(link);
-    let mut table = String::new();
-    link.read_line(&mut table).context("no supervisor")?;
-    let table = Some(table.trim_end().to_owned()).filter(|table| !table.is_empty());
-    Ok(Some(Given { arena, listeners, table, link: Link(link) }))
-}
 
-impl Link {
-    /// What tells the supervisor of exports. The first time it says that the worker serves.
-    pub fn teller(&self) -> Result<impl Fn(String) + Send + Sync> {
-        let link = self.0.get_ref().try_clone().context("no supervisor")?;
-        // A supervisor that is gone is told of elsewhere.
-        Ok(move |table: String| drop((&link).write_all(format!("{table}\n").as_bytes())))
-    }
-
-    /// From now on hears of the supervisor's end.
-    pub fn watch(self) -> Result<()> {
-        let mut link = self.0;
-        let watch = move || {
-            // Nothing more is said; it ends with the supervisor.
-            let _ = link.read(&mut [0]);
-            error!("the supervisor is gone: should this process die too, all pages are lost");
-        };
-        std::thread::Builder::new().name("nbd-watch".into()).spawn(watch).context("cannot start a thread")?;
-        Ok(())
-    }
-}
-
-/// Supervises until the worker has ended in order, or the first one cannot begin.
-pub fn run(signals: &mut Signals, arena: &OwnedFd, listeners: &[Listener]) -> Result<ExitCode> {
-    let mut table = None;
-    let mut worker = Worker::start(arena, listeners, None)?;
-    let (mut ending, mut pause) = (false, PAUSE);
-    loop {
-        let received: Vec<_> = signals.wait().collect();
-        for signal in received {
-            match signal {
-                SIGCHLD => {}
-                // Before it serves it does not know that signal, and would end by it.
-                SIGUSR1 if worker.serves.load(Ordering::Relaxed) => worker.signal(Signal::USR1),
-                SIGUSR1 => {}
-                _ => {
-                    ending = true;
-                    worker.signal(Signal::TERM);
+    fn watch(&mut self) -> Result<ExitCode> {
+        loop {
+            while let Some((pid, status)) = reap() {
+                if let Some(code) = self.child_ended(pid, status) {
+                    return Ok(code);
                 }
             }
+            self.make_up_numbers()?;
+            self.wait()?;
+            self.hear_signals();
+            self.hear_worker();
+            self.hear_others();
+            self.look();
         }
-        let Some(status) = worker.child.try_wait().context("cannot wait for the worker")? else { continue };
-        let lived = worker.since.elapsed();
-        table = worker.last_words().or(table);
-        if ending || table.is_none() || status.code() == Some(0) {
-            return Ok(code_of(status, ending));
+    }
+
+    /// Until there is something to hear, or to do.
+    fn wait(&self) -> Result<()> {
+        let children = [self.worker.as_ref(), self.standby.as_ref(), self.newer.as_ref().map(|(_, worker)| worker)];
+        let links = children.into_iter().flatten().filter(|worker| !worker.silent).map(|worker| &worker.link);
+        let signals = self.signals.descriptors();
+        let signals = signals.iter().map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN));
+        let mut fds: Vec<PollFd<'_>> = signals.chain(links.map(|link| PollFd::new(link, PollFlags::IN))).collect();
+        let due = self.worker_due.saturating_duration_since(Instant::now());
+        let time = if self.worker.is_none() { due.min(LOOK_EVERY) } else { LOOK_EVERY };
+        match poll(&mut fds, Some(&Timespec::try_from(time)?)) {
+            Ok(_) | Err(Errno::INTR) => Ok(()),
+            Err(error) => Err(error).context("cannot wait for the worker"),
         }
-        warn!("the worker ended ({status}); another takes over, and clients may connect again");
-        pause = if lived < SHORT { (pause * 2).min(LONGEST_PAUSE) } else { PAUSE };
-        std::thread::sleep(pause - PAUSE);
-        worker = loop {
-            match Worker::start(arena, listeners, table.as_deref()) {
-                Ok(worker) => break worker,
-                Err(e) => error!("no worker takes over: {e:#}; trying again"),
+    }
+
+    fn hear_signals(&mut self) {
+        let (end, tell) = self.signals.received();
+        if end {
+            self.ending = true;
+            notify::say("STOPPING=1");
+            self.worker.iter().for_each(|worker| worker.signal(Signal::TERM));
+        }
+        // Before it serves it does not know that signal, and would end by it.
+        if let (true, Some(worker)) = (tell, self.worker.as_ref().filter(|worker| worker.serves)) {
+            worker.signal(Signal::USR1);
+        }
+    }
+
+    fn hear_worker(&mut self) {
+        let Some(worker) = &mut self.worker else { return };
+        let served = worker.serves;
+        let lines = worker.hear();
+        if worker.serves && !served {
+            self.is_live();
+        }
+        for line in lines {
+            match line.split_once(' ').unwrap_or((&line, "")) {
+                ("upgrade", _) => {
+                    self.history.upgrade_error = None;
+                    self.begin_upgrade().unwrap_or_else(|error| self.refuse(&format!("{error:#}")));
+                }
+                ("stuck", what) => self.kill_worker(what),
+                _ => {}
             }
-            std::thread::sleep(LONGEST_PAUSE);
-            if signals.pending().any(|signal| signal != SIGUSR1 && signal != SIGCHLD) {
+        }
+    }
+
+    fn hear_others(&mut self) {
+        self.standby.iter_mut().for_each(|standby| drop(standby.hear()));
+        let Some((_, newer)) = &mut self.newer else { return };
+        newer.hear();
+        match newer.ready.as_deref() {
+            None => {}
+            Some(handover::VERSION) => self.hand_over(),
+            Some(other) => {
+                let why = format!("the new program hands over by version {other}, not {}", handover::VERSION);
+                self.drop_newer(&why);
+            }
+        }
+    }
+
+    /// Finds those who show no sign of life.
+    fn look(&mut self) {
+        let watchdog = self.watchdog;
+        if self.worker.as_mut().is_some_and(|worker| worker.hangs(watchdog)) {
+            self.kill_worker("it shows no sign of life");
+        }
+        if self.standby.as_mut().is_some_and(|standby| standby.hangs(watchdog)) {
+            self.standby.iter().for_each(|standby| standby.signal(Signal::KILL));
+        }
+        if self.newer.as_ref().is_some_and(|(_, newer)| newer.since.elapsed() >= UPGRADE_PATIENCE) {
+            self.drop_newer(&format!("the new program did not get ready in {UPGRADE_PATIENCE:?}"));
+        }
+        if self.leaving.is_some_and(|since| since.elapsed() >= FAREWELL) {
+            self.worker.iter().for_each(|worker| worker.signal(Signal::KILL));
+        }
+    }
+
+    /// One that hangs. SIGKILL works on a stopped process too; its death is the take-over's beginning.
+    fn kill_worker(&mut self, why: &str) {
+        let Some(worker) = &self.worker else { return };
+        error!("the worker hangs and is killed: {why}");
+        self.died.get_or_insert_with(Instant::now);
+        worker.signal(Signal::KILL);
+    }
+
+    fn is_live(&mut self) {
+        let now = Instant::now();
+        (self.served, self.anew) = (true, false);
+        self.standby_due = now + STANDBY_PAUSE;
+        if let Some(died) = self.died.take() {
+            let us = (now - died).as_micros() as u64;
+            self.history.last_take_over_us = Some(us);
+            self.history.longest_take_over_us = self.history.longest_take_over_us.max(us);
+        }
+        if self.older.take().is_some() {
+            self.history.upgrades += 1;
+            self.history.upgrade_error = None;
+            info!("upgraded to the program at {}", self.path.display());
+        }
+        if !self.kept {
+            let [first, second] = self.estate.tables.descriptors();
+            let kept = std::os::fd::AsFd::as_fd(&self.estate.arena);
+            let named: Vec<_> = KEPT.into_iter().zip([kept, first, second]).collect();
+            notify::keep(&named).unwrap_or_else(|error| warn!("nobody keeps the pages over a restart: {error:#}"));
+            self.kept = true;
+        }
+        notify::say("READY=1");
+        self.tell_status();
+    }
+
+    fn tell_status(&self) {
+        // Numbers and text always serialise.
+        let status = serde_json::to_string(&self.history).unwrap_or_default();
+        self.worker.iter().for_each(|worker| worker.tell(&format!("status {status}")));
+    }
+
+    /// Some child ended. The server's status, if it ends with it.
+    fn child_ended(&mut self, pid: Pid, status: WaitStatus) -> Option<ExitCode> {
+        if self.worker.as_ref().is_some_and(|worker| worker.pid == pid) {
+            return self.worker_ended(status);
+        }
+        if self.standby.as_ref().is_some_and(|standby| standby.pid == pid) {
+            let mut standby = self.standby.take()?;
+            standby.hear();
+            let why = standby.failure.unwrap_or_else(|| describe(status));
+            warn!("the worker that stood by is gone: {why}");
+            self.standby_due = Instant::now() + LONGEST_PAUSE;
+        }
+        if let Some((_, newer)) = self.newer.as_mut().filter(|(_, newer)| newer.pid == pid) {
+            newer.hear();
+            let why = newer.failure.take().unwrap_or_else(|| describe(status));
+            self.newer = None;
+            self.refuse(&format!("the new program: {why}"));
+        }
+        None
+    }
+
+    fn worker_ended(&mut self, status: WaitStatus) -> Option<ExitCode> {
+        // What it said last may be that it serves.
+        self.hear_worker();
+        let worker = self.worker.take()?;
+        let now = Instant::now();
+        self.drop_newer("the worker died meanwhile");
+        let leaving = self.leaving.take();
+        if self.ending || !self.served || leaving.is_none() && status.exit_status() == Some(0) {
+            return Some(code_of(status, self.ending));
+        }
+        self.died = Some(self.died.or(leaving).unwrap_or(now));
+        self.history.last_take_over_us = None;
+        self.worker_due = now;
+        if leaving.is_some() {
+            return None;
+        }
+        let why = worker.failure.unwrap_or_else(|| describe(status));
+        if let Some(older) = self.older.take().filter(|_| !worker.serves) {
+            let others: Vec<Pid> = self.standby.iter().map(|standby| standby.pid).collect();
+            let (path, estate, history) = (&self.path, &self.estate, &self.history);
+            let error = handover::call(&older, path, estate, [None, None], &others, history, Some(why));
+            error!("the program before does not come back: {error:#}");
+            return None;
+        }
+        warn!("the worker is gone ({why}); another takes over, and clients may connect again");
+        self.history.take_overs += 1;
+        self.pause = if worker.since.elapsed() < SHORT { (self.pause * 2).min(LONGEST_PAUSE) } else { PAUSE };
+        self.worker_due = now + (self.pause - PAUSE);
+        None
+    }
+
+    /// Starts who is missing.
+    fn make_up_numbers(&mut self) -> Result<()> {
+        let now = Instant::now();
+        if self.worker.is_none() && (now >= self.worker_due || self.ending) {
+            if self.ending {
                 bail!("told to end while no worker could be started");
             }
-        };
-    }
-}
-
-fn code_of(status: ExitStatus, ending: bool) -> ExitCode {
-    match status.code() {
-        Some(code) => ExitCode::from(code as u8),
-        // Told to end before it could listen to that.
-        None if ending && status.signal() == Some(SIGTERM) => ExitCode::SUCCESS,
-        None => ExitCode::FAILURE,
-    }
-}
-
-impl Worker {
-    fn start(arena: &OwnedFd, listeners: &[Listener], table: Option<&str>) -> Result<Worker> {
-        let (link, its) = UnixStream::pair().context("cannot make a socket pair")?;
-        ensure!(listeners.len() <= MOST_SOCKETS, "at most {MOST_SOCKETS} sockets to listen at");
-        let names: String = listeners.iter().map(|listener| format!("{}\n", listener.name)).collect();
-        ensure!(names.len() <= MOST_NAMES, "the names of the sockets are too long");
-        let descriptors: Vec<BorrowedFd<'_>> =
-            std::iter::once(arena.as_fd()).chain(listeners.iter().map(|listener| listener.socket.as_fd())).collect();
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_SOCKETS + 1))];
-        let mut ancillary = SendAncillaryBuffer::new(&mut space);
-        ensure!(ancillary.push(SendAncillaryMessage::ScmRights(&descriptors)), "too many sockets");
-        // What is sent waits for it, as far as the socket holds it, and so does the ear: nothing may fail once it
-        // is there.
-        let names = [IoSlice::new(names.as_bytes())];
-        sendmsg(&link, &names, &mut ancillary, SendFlags::NOSIGNAL).context("cannot hand over the sockets")?;
-        let table = format!("{}\n", table.unwrap_or_default());
-        let serves = Arc::new(AtomicBool::new(false));
-        let heard = serves.clone();
-        let hear = move || {
-            // One that is gone already hears no more.
-            let _ = (&link).write_all(table.as_bytes());
-            let (mut link, mut line, mut last) = (BufReader::new(link), String::new(), None);
-            // What it had not said to the end when it died does not count.
-            while link.read_line(&mut line).is_ok() && line.ends_with('\n') {
-                heard.store(true, Ordering::Relaxed);
-                last = Some(line.trim_end().to_owned());
-                line.clear();
-            }
-            last
-        };
-        let ear = std::thread::Builder::new().name("nbd-ear".into()).spawn(hear).context("cannot start a thread")?;
-        let arguments: Vec<OsString> = std::env::args_os().collect();
-        let mut command = Command::new(SELF);
-        command.arg0(arguments.first().cloned().unwrap_or_else(|| "ghostswap-nbd".into())).args(&arguments[1..]);
-        command.env(WORKER, "1").stdin(OwnedFd::from(its));
-        for variable in ["LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PID"] {
-            command.env_remove(variable);
+            self.employ()?;
         }
-        let child = command.spawn().context("cannot start a worker")?;
-        Ok(Worker { child, since: Instant::now(), serves, ear })
+        let serves = self.worker.as_ref().is_some_and(|worker| worker.serves);
+        let quiet = self.newer.is_none() && self.leaving.is_none() && !self.ending;
+        if serves && quiet && self.standby.is_none() && now >= self.standby_due {
+            self.standby_due = now + LONGEST_PAUSE;
+            match Worker::start(Path::new(SELF), &self.estate) {
+                Ok(standby) => self.standby = Some(standby),
+                Err(error) => warn!("no worker stands by: {error:#}"),
+            }
+        }
+        Ok(())
     }
 
-    /// Of one that has ended.
-    fn last_words(self) -> Option<String> {
-        self.ear.join().unwrap_or_default()
+    /// Has a worker serve: who stands by, or a new one.
+    fn employ(&mut self) -> Result<()> {
+        let next = match self.standby.take() {
+            Some(standby) => Ok(standby),
+            None => Worker::start(Path::new(SELF), &self.estate),
+        };
+        let mut next = match next {
+            Ok(next) => next,
+            Err(error) if !self.served => return Err(error),
+            Err(error) => {
+                error!("no worker takes over: {error:#}; trying again");
+                self.worker_due = Instant::now() + LONGEST_PAUSE;
+                return Ok(());
+            }
+        };
+        next.since = Instant::now();
+        next.tell(if self.anew { "serve anew" } else { "serve" });
+        self.worker = Some(next);
+        Ok(())
     }
 
-    fn signal(&self, signal: Signal) {
-        // One that is gone has its end told.
-        let _ = kill_process(Pid::from_child(&self.child), signal);
+    /// Has a worker of the program that lies at the path now get ready.
+    fn begin_upgrade(&mut self) -> Result<()> {
+        let busy = self.newer.is_some() || self.older.is_some() || self.leaving.is_some() || self.ending;
+        ensure!(!busy, "not now: another upgrade is under way, or the server's end");
+        let program = ensure_program(&self.path)?;
+        let newer = Worker::start(&handover::path_of(&program), &self.estate);
+        let newer = newer.with_context(|| format!("{} cannot be called", self.path.display()))?;
+        self.newer = Some((program, newer));
+        Ok(())
+    }
+
+    /// Becomes the newer program. If that fails, all is as before.
+    fn hand_over(&mut self) {
+        let Some((program, newer)) = self.newer.take() else { return };
+        let others: Vec<Pid> = self.standby.iter().map(|standby| standby.pid).collect();
+        let children = [self.worker.as_ref(), Some(&newer)];
+        let why = handover::call(&program, &self.path, &self.estate, children, &others, &self.history, None);
+        newer.signal(Signal::KILL);
+        self.refuse(&format!("{why:#}"));
+    }
+
+    fn drop_newer(&mut self, why: &str) {
+        if let Some((_, newer)) = self.newer.take() {
+            newer.signal(Signal::KILL);
+            self.refuse(why);
+        }
+    }
+
+    fn refuse(&mut self, why: &str) {
+        warn!("not upgraded: {why}");
+        self.history.upgrade_error = Some(why.to_owned());
+        self.tell_status();
+        let line = format!("refused {}", why.replace('\n', " "));
+        self.worker.iter().for_each(|worker| worker.tell(&line));
+    }
+}
+
+fn code_of(status: WaitStatus, ending: bool) -> ExitCode {
+    match (status.exit_status(), status.terminating_signal()) {
+        (Some(code), _) => ExitCode::from(code as u8),
+        // Told to end before it could listen to that.
+        (None, Some(signal)) if ending && signal == Signal::TERM.as_raw() => ExitCode::SUCCESS,
+        _ => ExitCode::FAILURE,
     }
 }

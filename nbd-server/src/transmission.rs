@@ -15,6 +15,7 @@ use crate::proto::{
 };
 use crate::transport::wait_for;
 use crate::wire::{Wire, SLICE_BYTES};
+use crate::work::Work;
 use ghostswap::{Error, Lane, PAGE_BYTES};
 use rustix::event::{PollFd, PollFlags};
 use std::io::{self, ErrorKind};
@@ -33,6 +34,8 @@ pub const IN_FLIGHT_BYTES: usize = 4 << 20;
 const RUN_BYTES: usize = 64 << 10;
 /// Requests answered between two looks at what waits, while more of them are there; and of those at most with a look.
 const TURN: u32 = 16;
+/// Discarded in one step, some tenths of a second at most.
+const DISCARD_BYTES: u64 = 16 << 30;
 
 /// What a connection's requests are checked and answered by.
 #[derive(Clone, Copy)]
@@ -44,8 +47,9 @@ struct Terms {
 }
 
 /// Serves until the client leaves. Half of `in_flight_bytes` is for writes that wait for room, half for reads that
-/// wait for the disk, so that neither keeps the other waiting.
-pub fn serve(wire: &mut Wire, chosen: Chosen, in_flight_bytes: usize) -> io::Result<()> {
+/// wait for the disk, so that neither keeps the other waiting. A client that leaves in order is answered all it asked
+/// for; of one that just hangs up, what waits is dropped, since nothing of that was acknowledged.
+pub fn serve(wire: &mut Wire, chosen: Chosen, in_flight_bytes: usize, work: &Work) -> io::Result<()> {
     let terms = Terms {
         volume_bytes: chosen.visit.0.volume.bytes(),
         read_only: chosen.visit.0.read_only,
@@ -60,6 +64,7 @@ pub fn serve(wire: &mut Wire, chosen: Chosen, in_flight_bytes: usize) -> io::Res
         terms,
         parked: Parked::new(in_flight_bytes / 2),
         turn: 0,
+        work,
     };
     while session.next_is_there()? {
         let bytes = if terms.form == Form::Extended { EXTENDED_REQUEST_BYTES } else { REQUEST_BYTES };
@@ -67,11 +72,12 @@ pub fn serve(wire: &mut Wire, chosen: Chosen, in_flight_bytes: usize) -> io::Res
             return hang_up(session.wire, "a request without its magic");
         };
         if request.command == Command::Disconnect {
+            session.answer_all_that_wait()?;
             break;
         }
         session.answer(&request)?;
     }
-    session.answer_all_that_wait()?;
+    drop(session);
     wire.send()
 }
 
@@ -84,6 +90,7 @@ struct Session<'a> {
     terms: Terms,
     parked: Parked,
     turn: u32,
+    work: &'a Work,
 }
 
 impl Session<'_> {
@@ -126,6 +133,9 @@ impl Session<'_> {
     /// Waits until one of those that wait may be answered, and takes nothing from the client meanwhile.
     fn let_one_end(&mut self) -> io::Result<()> {
         self.wire.send()?;
+        if self.wire.is_cut()? {
+            return Err(ErrorKind::ConnectionReset.into());
+        }
         match self.fetching.news() {
             Some(news) => wait_for(&mut [PollFd::from_borrowed_fd(news, PollFlags::IN)], self.patience()).map(drop)?,
             None => std::thread::sleep(self.patience()),
@@ -159,7 +169,7 @@ impl Session<'_> {
                 self.wire.skip(request.len as usize)?;
                 Err(errno)
             }
-            (_, checked) => checked.and_then(|()| without_data(&mut self.lane, request)),
+            (_, checked) => checked.and_then(|()| without_data(&mut self.lane, request, self.work)),
         };
         self.reply(request, result)
     }
@@ -190,7 +200,12 @@ impl Session<'_> {
             let part = portion(offset, left, self.wire.there());
             let data = self.wire.take(part)?;
             // What came first has the first claim to room.
-            let tried = if self.parked.is_empty() { self.lane.try_write(offset, data) } else { Ok(0) };
+            let tried = match (self.parked.is_empty(), is_whole_pages(offset, part as u64)) {
+                (true, true) => self.work.step(|| self.lane.try_write(offset, data)),
+                // The rest of a page may lie on the disk.
+                (true, false) => self.lane.try_write(offset, data),
+                (false, _) => Ok(0),
+            };
             let written = match tried {
                 Ok(done) if done < part && self.parked.has_room(left - done) => {
                     let mut rest = Vec::with_capacity(left - done);
@@ -328,14 +343,31 @@ fn extents(lane: &mut Lane, request: &Request, context: Context, most: usize) ->
     Ok(extents)
 }
 
-fn without_data(lane: &mut Lane, request: &Request) -> Result<(), u32> {
+fn is_whole_pages(offset: u64, len: u64) -> bool {
+    (offset | len) % PAGE_BYTES as u64 == 0
+}
+
+/// A piece at a time, so that it is seen to go on.
+fn discard(lane: &mut Lane, mut offset: u64, mut len: u64, work: &Work) -> Result<(), Error> {
+    if !is_whole_pages(offset, len) {
+        return lane.discard(offset, len);
+    }
+    while len > 0 {
+        let piece = len.min(DISCARD_BYTES);
+        work.step(|| lane.discard(offset, piece))?;
+        (offset, len) = (offset + piece, len - piece);
+    }
+    Ok(())
+}
+
+fn without_data(lane: &mut Lane, request: &Request, work: &Work) -> Result<(), u32> {
     let len = request.len;
     match request.command {
         Command::Flush => return lane.flush().map_err(|error| errno_of(&error)),
         // All is in memory already.
         Command::Cache => return Ok(()),
         _ if len == 0 => Ok(()),
-        Command::Trim => lane.discard(request.offset, len),
+        Command::Trim => discard(lane, request.offset, len, work),
         _ => lane.write_zeroes(request.offset, len),
     }
     .map_err(|error| errno_of(&error))?;

@@ -23,6 +23,9 @@ pub trait Transport: Read + Write + Send {
     /// Whether a read would not wait; if it would, after at most `time`, or as soon as `also` can be read.
     fn wait(&self, also: Option<BorrowedFd<'_>>, time: Duration) -> Result<bool>;
 
+    /// Whether the connection is at its end in both directions. Half of it still has somebody who may listen.
+    fn is_cut(&self) -> Result<bool>;
+
     /// Tells the peer that nothing more comes.
     fn finish(&self) -> Result<()>;
 }
@@ -35,6 +38,12 @@ impl Transport for Socket {
     fn wait(&self, also: Option<BorrowedFd<'_>>, time: Duration) -> Result<bool> {
         let own = self.as_fd();
         wait_for(&mut [own, also.unwrap_or(own)].map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)), time)
+    }
+
+    fn is_cut(&self) -> Result<bool> {
+        let mut own = [PollFd::new(self, PollFlags::empty())];
+        wait_for(&mut own, Duration::ZERO)?;
+        Ok(own[0].revents().intersects(PollFlags::HUP | PollFlags::ERR))
     }
 
     fn finish(&self) -> Result<()> {

@@ -117,6 +117,11 @@ impl Wire {
         self.link.wait(also, time)
     }
 
+    /// Whether nobody is at the other end any more, as far as that is known without reading.
+    pub fn is_cut(&self) -> Result<bool> {
+        self.link.transport.is_cut()
+    }
+
     /// Throws away the next `len` bytes.
     pub fn skip(&mut self, mut len: usize) -> Result<()> {
         while len > 0 {

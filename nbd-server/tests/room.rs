@@ -84,3 +84,27 @@ fn fill_again(client: &mut Raw, from: u64) -> u64 {
     }
     panic!("the store never becomes full again");
 }
+
+#[test]
+fn what_waits_for_room_goes_with_a_client_that_hangs_up() {
+    let server = Server::start("hung-up", &["--export", "a,size=64M", "--tier", "ram,limit=24M,codec=lz4"]);
+    let mut stays = server.connect();
+    stays.enter(b"a");
+    let pages = fill(&mut stays);
+    // As many as may wait at once, and more.
+    for (count, at) in [(32, 40 << 20), (100, 50 << 20)] {
+        let mut leaves = server.connect();
+        leaves.enter(b"a");
+        (0..count).for_each(|number| leaves.request(0, 1, at + number * PAGE, 4096, &noise(number)));
+        std::thread::sleep(Duration::from_millis(50));
+        drop(leaves);
+    }
+    std::thread::sleep(Duration::from_millis(200));
+    stays.request(0, 4, 0, (pages / 2 * PAGE) as u32, b"");
+    assert_eq!(stays.errno(), 0);
+    std::thread::sleep(Duration::from_millis(200));
+    for page in (0..32).map(|n| (40 << 20) / PAGE + n).chain((0..100).map(|n| (50 << 20) / PAGE + n)) {
+        assert!(stays.read_page(page).iter().all(|byte| *byte == 0), "page {page} was written for nobody");
+    }
+    server.end();
+}

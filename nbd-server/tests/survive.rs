@@ -3,9 +3,9 @@
 
 mod common;
 
-use common::{run, Raw, Server};
+use common::{kill, run, Raw, Server};
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 const PAGE: usize = 4096;
 
@@ -17,23 +17,6 @@ fn content(page: u64, version: u64) -> Vec<u8> {
         word.copy_from_slice(&(state ^ state >> 29).to_le_bytes());
     });
     bytes
-}
-
-fn kill(signal: &str, process: u32) {
-    run(Command::new("kill").args(["-s", signal, &process.to_string()]));
-}
-
-impl Server {
-    /// The worker after `dead`.
-    fn next_worker(&self, dead: u32) -> u32 {
-        let end = Instant::now() + Duration::from_secs(20);
-        loop {
-            match self.worker() {
-                next if next != dead => return next,
-                _ => assert!(Instant::now() < end, "nobody takes over"),
-            }
-        }
-    }
 }
 
 /// Writes until the server is gone; the last version of each page that was acknowledged.

@@ -112,6 +112,17 @@ impl ArenaFile {
         lock(&self.file)
     }
 
+    /// Whether another process has taken it.
+    pub fn in_use(&self) -> Result<bool> {
+        let mut whole = whole_file();
+        // SAFETY: fcntl reads and fills the struct we own.
+        let asked = unsafe { libc::fcntl(self.file.as_raw_fd(), libc::F_GETLK, &mut whole) };
+        match asked {
+            0 => Ok(whole.l_type != libc::F_UNLCK as libc::c_short),
+            _ => Err(system("asking who has the arena's file")),
+        }
+    }
+
     pub fn hugetlb(&self) -> bool {
         self.hugetlb
     }
@@ -186,13 +197,17 @@ impl ArenaFile {
     }
 }
 
+/// A write lock on all of a file.
+fn whole_file() -> libc::flock {
+    // SAFETY: plain data, for which zeros are valid.
+    let mut whole: libc::flock = unsafe { std::mem::zeroed() };
+    whole.l_type = libc::F_WRLCK as libc::c_short;
+    whole
+}
+
 fn lock(fd: &File) -> Result<()> {
-    // SAFETY: fcntl reads the struct we own, zeroed but for the lock's kind: all of the file.
-    let taken = unsafe {
-        let mut whole: libc::flock = std::mem::zeroed();
-        whole.l_type = libc::F_WRLCK as libc::c_short;
-        libc::fcntl(fd.as_raw_fd(), libc::F_SETLK, &whole)
-    };
+    // SAFETY: fcntl reads the struct we own.
+    let taken = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETLK, &whole_file()) };
     if taken == 0 {
         return Ok(());
     }

@@ -10,6 +10,7 @@ use super::mapping::Mapping;
 use super::scan::PAGE_TABLE_BYTES;
 use super::superblock::{Geometry, Superblock};
 use super::Spare;
+use crate::config::Checked;
 use crate::error::Result;
 use std::os::fd::OwnedFd;
 
@@ -96,6 +97,18 @@ impl Waiting {
             self.tables[table] = true;
         }
         Ok(())
+    }
+
+    /// What is wrong with the arena, as far as that can be told while another has it.
+    pub fn check(&self, config: &Checked) -> Result<()> {
+        let Some(found) = Geometry::found(self.map.file())? else { return Ok(()) };
+        let bytes = u64::from(found.max_frames) * found.segment_bytes as u64;
+        config.clone().fit(found.segment_bytes, bytes)
+    }
+
+    /// Whether another process has it.
+    pub fn in_use(&self) -> Result<bool> {
+        self.map.file().in_use()
     }
 
     /// Makes the arena this process's own, or says that another has it.

@@ -75,6 +75,17 @@ impl Standby {
         self.waiting.keep_up(&mut self.spare)
     }
 
+    /// Whether the arena is one that [`Standby::open`] would take, as far as that can be told while another process has
+    /// a store open on it: its format, its geometry.
+    pub fn check(&self) -> Result<()> {
+        self.waiting.check(&self.config)
+    }
+
+    /// Whether another process has a store open on the arena.
+    pub fn in_use(&self) -> Result<bool> {
+        self.waiting.in_use()
+    }
+
     /// What [`crate::Lane::fetch_bytes`] will say, unless the arena holds larger groups than this
     /// configuration makes. 0: there is no disk tier.
     pub fn fetch_bytes(&self) -> usize {

@@ -14,18 +14,16 @@ use super::device::Device;
 use super::handshake::{Export, Failure};
 use super::tell::{Event, Teller};
 use super::{check_may_become_swap, end_watcher, usable, Lock, Options, Way, LOOK, MAX_CONNECTIONS};
+use crate::notify;
 use anyhow::{anyhow, bail, ensure, Context, Result};
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::process::{pidfd_open, PidfdFlags};
 use signal_hook::consts::{SIGCHLD, SIGINT, SIGTERM};
 use socket2::Socket;
-use std::ffi::OsStr;
 use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::linux::net::SocketAddrExt;
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::net::{SocketAddr, UnixDatagram, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -161,7 +159,7 @@ impl Watch {
     /// Waits for the death of who watches. False: told to end, and the device is disconnected.
     pub fn stand_by(&mut self, lock: &Lock) -> Result<bool> {
         self.teller.tell(Event::StandsBy);
-        notify("READY=1");
+        notify::say("READY=1");
         loop {
             if lock.take()? {
                 self.begin_outage();
@@ -229,7 +227,7 @@ impl Watch {
 
     fn ready(&self) {
         self.teller.tell(Event::Connected { connections: self.slots.len() });
-        notify("READY=1");
+        notify::say("READY=1");
     }
 
     /// Tries to give the driver what it lacks. False: the device is not connected any more.
@@ -392,18 +390,4 @@ impl Swapon {
 fn start(command: &mut Command) -> Result<Child> {
     let name = command.get_program().to_string_lossy().into_owned();
     command.stdout(Stdio::null()).spawn().with_context(|| format!("cannot start {name}"))
-}
-
-/// Says it to the service manager, if there is one that listens: sd_notify(3).
-fn notify(words: &str) {
-    let Some(name) = std::env::var_os("NOTIFY_SOCKET") else { return };
-    // It hears it or it does not: nothing here depends on it.
-    let _ = address(&name).and_then(|to| UnixDatagram::unbound()?.send_to_addr(words.as_bytes(), &to));
-}
-
-fn address(name: &OsStr) -> std::io::Result<SocketAddr> {
-    match name.as_bytes() {
-        [b'@', rest @ ..] => SocketAddr::from_abstract_name(rest),
-        _ => SocketAddr::from_pathname(name),
-    }
 }

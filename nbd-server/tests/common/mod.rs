@@ -5,9 +5,10 @@
 #![allow(clippy::unwrap_used)] // Clippy's leave for tests does not reach their helpers.
 
 use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::process::{Child, Command, Output};
 use std::time::{Duration, Instant};
 
 pub struct Server {
@@ -17,9 +18,17 @@ pub struct Server {
 
 impl Server {
     pub fn start(name: &str, arguments: &[&str]) -> Server {
-        let directory = std::env::temp_dir().join(format!("ghostswap-nbd-{name}-{}", std::process::id()));
+        Server::start_program(Path::new(env!("CARGO_BIN_EXE_ghostswap-nbd")), name, arguments)
+    }
+
+    pub fn directory(name: &str) -> PathBuf {
+        std::env::temp_dir().join(format!("ghostswap-nbd-{name}-{}", std::process::id()))
+    }
+
+    pub fn start_program(program: &Path, name: &str, arguments: &[&str]) -> Server {
+        let directory = Server::directory(name);
         std::fs::create_dir_all(&directory).unwrap();
-        let child = Command::new(env!("CARGO_BIN_EXE_ghostswap-nbd"))
+        let child = Command::new(program)
             .arg("--unix")
             .arg(directory.join("s"))
             .args(arguments)
@@ -35,17 +44,57 @@ impl Server {
         server
     }
 
-    /// The process that serves, not the one that supervises it.
+    /// The process that serves, not the one that supervises it, nor one that stands by.
     pub fn worker(&self) -> u32 {
         let end = Instant::now() + Duration::from_secs(10);
         loop {
-            let output = Command::new("pgrep").args(["-P", &self.child.id().to_string()]).output().unwrap();
+            let output = pgrep(&["-x", "nbd-worker", "-P", &self.child.id().to_string()]);
             if let Ok(worker) = String::from_utf8_lossy(&output.stdout).trim().parse() {
                 return worker;
             }
             assert!(Instant::now() < end, "there is no worker");
             std::thread::sleep(Duration::from_millis(10));
         }
+    }
+
+    /// The worker after `dead`.
+    pub fn next_worker(&self, dead: u32) -> u32 {
+        let end = Instant::now() + Duration::from_secs(20);
+        loop {
+            match self.worker() {
+                next if next != dead => return next,
+                _ => assert!(Instant::now() < end, "nobody takes over"),
+            }
+        }
+    }
+
+    /// The process that stands by, if one does.
+    pub fn standby(&self) -> Option<u32> {
+        let output = pgrep(&["-x", "nbd-standby", "-P", &self.child.id().to_string()]);
+        String::from_utf8_lossy(&output.stdout).lines().next().map(|pid| pid.parse().unwrap())
+    }
+
+    /// Waits until one does.
+    pub fn await_standby(&self) -> u32 {
+        let end = Instant::now() + Duration::from_secs(20);
+        loop {
+            match self.standby() {
+                Some(standby) => return standby,
+                None => assert!(Instant::now() < end, "nobody stands by"),
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Those of that name that work here, whoever supervises them.
+    pub fn processes_named(&self, name: &str) -> Vec<u32> {
+        let output = pgrep(&["-x", name]);
+        let all = String::from_utf8(output.stdout).unwrap();
+        let here = self.directory.display().to_string();
+        let ours = |pid: &u32| {
+            std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|c| String::from_utf8_lossy(&c).contains(&here))
+        };
+        all.lines().map(|pid| pid.parse().unwrap()).filter(ours).collect()
     }
 
     pub fn socket(&self) -> PathBuf {
@@ -60,6 +109,18 @@ impl Server {
         let socket = UnixStream::connect(self.socket()).unwrap();
         socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
         Raw(socket)
+    }
+
+    /// In transmission, if somebody serves.
+    pub fn try_enter(&self, export: &[u8]) -> Option<Raw> {
+        let socket = UnixStream::connect(self.socket()).ok()?;
+        socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        let mut client = Raw(socket);
+        client.0.read_exact(&mut [0; 18]).ok()?;
+        let name = [&(export.len() as u32).to_be_bytes(), export].concat();
+        client.send(&[&3u32.to_be_bytes(), b"IHAVEOPT", &1u32.to_be_bytes(), &name]);
+        client.0.read_exact(&mut [0; 10]).ok()?;
+        Some(client)
     }
 
     /// In transmission on export a, as soon as the server can have one more client.
@@ -92,14 +153,33 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         // The supervisor first: a worker that is killed would be followed by another.
-        let workers = Command::new("pgrep").args(["-P", &self.child.id().to_string()]).output();
         let _ = self.child.kill();
-        for worker in workers.iter().flat_map(|output| output.stdout.split(|b| *b == b'\n')) {
-            let _ = Command::new("kill").args(["-s", "KILL", &String::from_utf8_lossy(worker)]).output();
-        }
         let _ = self.child.wait();
+        for name in ["nbd-worker", "nbd-standby"] {
+            self.processes_named(name).iter().for_each(|process| kill("KILL", *process));
+        }
         let _ = std::fs::remove_dir_all(&self.directory);
     }
+}
+
+pub fn kill(signal: &str, process: u32) {
+    // It may be gone already.
+    let _ = Command::new("kill").args(["-s", signal, &process.to_string()]).output();
+}
+
+/// Not even as a zombie.
+pub fn is_running(process: u32) -> bool {
+    std::fs::read_to_string(format!("/proc/{process}/stat")).is_ok_and(|stat| !stat.contains(") Z "))
+}
+
+pub fn write_file(path: &Path, bytes: &[u8], mode: u32) {
+    let _ = std::fs::remove_file(path);
+    std::fs::write(path, bytes).unwrap();
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+}
+
+pub fn pgrep(arguments: &[&str]) -> Output {
+    Command::new("pgrep").args(arguments).output().unwrap()
 }
 
 pub fn run(command: &mut Command) -> String {
@@ -255,6 +335,25 @@ impl Raw {
             &len.to_be_bytes(),
             data,
         ]);
+    }
+
+    /// The error of its reply, if there is one.
+    pub fn try_request(&mut self, command: u16, offset: u64, len: u32, data: &[u8]) -> std::io::Result<u32> {
+        self.request(0, command, offset, len, data);
+        let mut reply = [0; 16];
+        self.0.read_exact(&mut reply)?;
+        Ok(u32::from_be_bytes([reply[4], reply[5], reply[6], reply[7]]))
+    }
+
+    pub fn write_page(&mut self, page: u64, content: &[u8]) {
+        self.request(0, 1, page * 4096, 4096, content);
+        assert_eq!(self.errno(), 0);
+    }
+
+    pub fn read_page(&mut self, page: u64) -> Vec<u8> {
+        self.request(0, 0, page * 4096, 4096, b"");
+        assert_eq!(self.errno(), 0);
+        self.take(4096)
     }
 
     /// The error of the next reply.
