@@ -167,6 +167,7 @@ pub fn list(path: &Path, as_json: bool) -> Result<String> {
         let options = [
             (export["read_only"] == true).then(|| "ro".to_owned()),
             export["quota_bytes"].as_u64().map(|quota| format!("quota={}", format_size(quota))),
+            export["tiers"].as_str().filter(|tiers| *tiers != "all").map(|tiers| format!("tiers={tiers}")),
             (!clients.is_empty()).then(|| format!("client={}", clients.join(":"))),
             export["linger_seconds"].as_u64().map(|seconds| format!("linger={seconds}s")),
         ];

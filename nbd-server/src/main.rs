@@ -43,10 +43,14 @@ struct Args {
     /// Listen at this vsock port, for guests of this machine or, in a guest, for its host
     #[arg(long, value_name = "PORT")]
     vsock: Option<u32>,
-    /// A volume and its name; size 16T unless told; quota: bytes it may hold, compressed; ro: not to be written; client: only for clients whose
+    /// A volume and its name; size 16T unless told; quota: bytes it may hold, compressed; tiers: on which its pages may lie; ro: not to be written; client: only for clients whose
     /// certificate has one of these names; linger: removed when it was without a client for so long. A star in the
     /// name: one for each client that asks for such a name, linger=1m unless told. May be given several times
-    #[arg(long, value_name = "NAME[,size=SIZE][,quota=SIZE][,client=NAME[:NAME]][,linger=TIME][,ro]", required = true)]
+    #[arg(
+        long,
+        value_name = "NAME[,size=SIZE][,quota=SIZE][,tiers=all|ram|below][,client=NAME[:NAME]][,linger=TIME][,ro]",
+        required = true
+    )]
     export: Vec<ExportConfig>,
     /// Listen at this Unix socket for `ghostswap-nbd exports`
     #[arg(long, value_name = "PATH")]

@@ -252,3 +252,55 @@ fn an_export_at_its_quota_says_so_and_leaves_others_alone() {
     assert_eq!(put(&mut a, full), 0);
     server.end();
 }
+
+/// One in memory only, one below at once; another worker keeps to it.
+#[test]
+fn exports_lie_on_the_tiers_that_they_are_given() {
+    let file = std::env::temp_dir().join(format!("ghostswap-tiers-{}", std::process::id()));
+    let tier = format!("file:{},size=64M,prealloc=off", file.display());
+    let server = Server::start_with_control(
+        "tiers",
+        &["--export", "quick,size=64M,tiers=ram", "--tier", "ram,limit=24M", "--tier", &tier],
+    );
+    server.refuses(&["add", "x,tiers=disk"], 2, "one of all, ram, below");
+    server.does(&["add", "batch,size=64M,tiers=below"]);
+    let fill = || {
+        for export in [&b"quick"[..], b"batch"] {
+            let mut client = server.client(export);
+            let mut state = 1u64;
+            for page in 0..1500 {
+                let noise = (0..512).flat_map(|_| {
+                    state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                    (state ^ state >> 29).to_le_bytes()
+                });
+                client.request(0, 1, page * 4096, 4096, &noise.collect::<Vec<_>>());
+                assert_eq!(client.errno(), 0);
+            }
+        }
+    };
+    // Bytes of records in memory and below.
+    let held = |which: &str| {
+        let output = server.exports(&["list", "--json"]);
+        let all: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        let export = all["exports"].as_array().unwrap().iter().find(|export| export["name"] == which).unwrap().clone();
+        let bytes = |key: &str| export["held"][key].as_u64().unwrap();
+        (bytes("memory_bytes"), bytes("disk_bytes"))
+    };
+    for round in 0..2 {
+        fill();
+        let end = Instant::now() + Duration::from_secs(20);
+        while held("batch").0 > 1 << 20 {
+            assert!(Instant::now() < end, "round {round}: what is to lie below stays: {:?}", held("batch"));
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        assert!(held("quick") == (1500 * (4096 + 7), 0), "round {round}: {:?}", held("quick"));
+        if round == 0 {
+            server.kill_worker();
+        }
+    }
+    server.end();
+    std::fs::remove_file(file).unwrap();
+    let bare = Server::start_with_control("bare", &["--export", "a,size=1M", "--tier", "ram,limit=16M"]);
+    bare.refuses(&["add", "x,tiers=below"], 1, "needs a tier below memory");
+    bare.end();
+}
