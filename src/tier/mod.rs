@@ -182,7 +182,7 @@ impl Lower {
     /// The disk has not answered the mover yet, or not for long: it is slow, which is not the same as full.
     pub fn is_slow(&self) -> bool {
         let until = || u128::from(self.slow_until_ms.load(Ordering::Relaxed));
-        let away = || self.medium.remote().is_some_and(|remote| !remote.is_up() && !remote.is_lost());
+        let away = || self.medium.remote().is_some_and(|remote| remote.comes_and_goes(SLOW_FOR));
         self.waiting.load(Ordering::Relaxed) || self.begun.elapsed().as_millis() < until() || away()
     }
 

@@ -13,7 +13,7 @@ use crate::nbd::handshake::{self, Export, Failure};
 use crate::nbd::proto::{Command, Request};
 use rustls::pki_types::ServerName;
 use rustls::ClientConfig;
-use socket2::SockAddr;
+use socket2::{Domain, SockAddr};
 use std::io::ErrorKind;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
@@ -42,6 +42,7 @@ pub(super) struct Carrier {
     post: Post,
     talk: Conversation,
     pause: Duration,
+    over_tcp: bool,
     /// It has a connection that serves.
     up: bool,
     /// A server whose connections do not agree with each other has one of them only.
@@ -52,7 +53,8 @@ impl Carrier {
     /// All that it needs is there afterwards.
     pub fn new(number: usize, office: Arc<Office>, way: Arc<Way>) -> crate::Result<Carrier> {
         let (post, talk) = (Post::new()?, Conversation::new());
-        Ok(Carrier { number, office, way, post, talk, pause: PAUSE, up: false, alone: false })
+        let over_tcp = way.addresses.iter().any(|address| address.domain() != Domain::UNIX);
+        Ok(Carrier { over_tcp, number, office, way, post, talk, pause: PAUSE, up: false, alone: false })
     }
 
     pub fn run(mut self) {
@@ -231,6 +233,9 @@ impl Carrier {
         };
         let sends = self.talk.wants_to_send() || transport.wants_write();
         let what = if sends { For::Both } else { For::Reading };
+        if self.over_tcp && !self.talk.is_empty() {
+            transport.acknowledge_soon();
+        }
         wait(&self.office.bells[self.number], Some((transport.fd(), what)), most);
         self.office.wake_up(self.number);
     }

@@ -138,6 +138,11 @@ impl Remote {
         self.office.away()
     }
 
+    /// It is away, but may come back in time, or is back for less than that.
+    pub fn comes_and_goes(&self, back_for: Duration) -> bool {
+        self.office.is_back_for_less(back_for) || !self.is_up() && !self.is_lost()
+    }
+
     /// Whoever asks now is refused: the server has been away for long, or is another.
     pub fn is_lost(&self) -> bool {
         self.office.is_lost()

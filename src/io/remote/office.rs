@@ -72,6 +72,8 @@ pub(super) struct Office {
     up: AtomicU32,
     /// When there last was one, in milliseconds since `begun`.
     left_ms: AtomicU64,
+    /// When there was one again.
+    came_ms: AtomicU64,
     begun: Instant,
     /// What answers is not what it was.
     pub stranger: AtomicBool,
@@ -98,6 +100,7 @@ impl Office {
             turn: AtomicU32::new(0),
             up: AtomicU32::new(0),
             left_ms: AtomicU64::new(0),
+            came_ms: AtomicU64::new(0),
             begun: Instant::now(),
             stranger: AtomicBool::new(false),
             serving: AtomicBool::new(false),
@@ -215,6 +218,9 @@ impl Office {
     /// A connection begins to serve.
     pub fn come(&self) {
         self.stranger.store(false, Ordering::Relaxed);
+        if !self.is_up() {
+            self.came_ms.store(self.now_ms(), Ordering::Relaxed);
+        }
         self.up.fetch_add(1, Ordering::SeqCst);
     }
 
@@ -239,6 +245,11 @@ impl Office {
     pub fn away(&self) -> Option<Duration> {
         let away = self.now_ms().saturating_sub(self.left_ms.load(Ordering::Relaxed));
         (!self.is_up()).then_some(Duration::from_millis(away))
+    }
+
+    /// There is one, for no longer than that.
+    pub fn is_back_for_less(&self, than: Duration) -> bool {
+        self.is_up() && self.now_ms().saturating_sub(self.came_ms.load(Ordering::Relaxed)) < than.as_millis() as u64
     }
 
     /// Whoever asks now is refused.

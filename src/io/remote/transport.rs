@@ -109,6 +109,13 @@ impl Transport {
         }
     }
 
+    /// Has what comes next acknowledged at once. A server, or something on the way, that sends a reply's head and waits
+    /// with its data for that would keep a page waiting for 40 ms. The kernel forgets it, so before each wait.
+    pub fn acknowledge_soon(&self) {
+        // Unix sockets do not know it.
+        let _ = self.socket().set_tcp_quickack(true);
+    }
+
     /// Something is to be sent that was written already.
     pub fn wants_write(&self) -> bool {
         matches!(self, Transport::Tls(tls) if tls.session.wants_write())
