@@ -9,6 +9,7 @@ pub(crate) use tier::MIN_DISK_BYTES;
 pub use tier::{parse_time, DiskTier, Place, RamTier, TierConfig};
 
 use crate::error::{Error, Result};
+use crate::io::Tls;
 use crate::page::PAGE_BYTES;
 use std::fmt;
 use std::str::FromStr;
@@ -147,6 +148,8 @@ pub struct StoreConfig {
     /// Called with the thread's name at the start of each background thread, before it does
     /// anything: a front end makes it an IO_FLUSHER there.
     pub thread_start: Option<fn(&str)>,
+    /// Given, a tier behind an NBD server may be reached by TLS.
+    pub tls: Option<Tls>,
     /// Takes the arena from hugetlbfs pages that the administrator has set aside; they are not
     /// given back while the store lives.
     pub hugetlb: bool,
@@ -156,7 +159,14 @@ pub struct StoreConfig {
 
 impl Default for StoreConfig {
     fn default() -> Self {
-        StoreConfig { tiers: Vec::new(), max_lanes: 16, thread_start: None, hugetlb: false, segment_bytes: None }
+        StoreConfig {
+            tiers: Vec::new(),
+            max_lanes: 16,
+            thread_start: None,
+            tls: None,
+            hugetlb: false,
+            segment_bytes: None,
+        }
     }
 }
 
@@ -172,6 +182,7 @@ pub(crate) struct Checked {
     pub segment_bytes_given: bool,
     pub hugetlb: bool,
     pub thread_start: Option<fn(&str)>,
+    pub tls: Option<Tls>,
     /// Most pages that a record in the arena may hold when it is opened: `group_pages`, or more by an earlier store.
     pub group_pages_seen: usize,
     /// Codecs of which the arena may hold records when it is opened, a bit each.
@@ -275,6 +286,7 @@ impl StoreConfig {
             segment_bytes_given: self.segment_bytes.is_some(),
             hugetlb: self.hugetlb,
             thread_start: self.thread_start,
+            tls: self.tls,
             group_pages_seen: tier.group as usize / PAGE_BYTES,
             codecs_seen: tier.codec.bit(),
             hot_bytes,

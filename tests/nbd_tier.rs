@@ -7,7 +7,7 @@ mod ledger;
 mod nbdkit;
 mod on_disk;
 
-use ghostswap::{create_arena, Error, Store, StoreConfig};
+use ghostswap::{create_arena, Error, Store, StoreConfig, Tls};
 use nbdkit::Nbdkit;
 use on_disk::{check, content, wait_for, write, Dir, PAGE, PAGES};
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -16,7 +16,8 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 fn configured(tier: &str, ram: &str) -> StoreConfig {
-    StoreConfig { tiers: vec![ram.parse().unwrap(), tier.parse().unwrap()], ..StoreConfig::default() }
+    let tiers = vec![ram.parse().unwrap(), tier.parse().unwrap()];
+    StoreConfig { tiers, tls: Some(Tls::new()), ..StoreConfig::default() }
 }
 
 /// 64 MiB of a server's below 8 MiB of memory, with little patience.
@@ -316,7 +317,9 @@ fn a_server_that_hangs_is_waited_for_and_then_is_gone() {
     // For longer: they fail.
     server.signal("STOP");
     let begun = Instant::now();
-    assert!(matches!(lane.read(37 * PAGE as u64, &mut got), Err(Error::Unreadable { .. })));
+    let read = lane.read(37 * PAGE as u64, &mut got);
+    let found = (server.states(), store.stats());
+    assert!(matches!(read, Err(Error::Unreadable { .. })), "{read:?}, its threads are {}: {}", found.0, found.1);
     assert!((2..15).contains(&begun.elapsed().as_secs()), "{:?}", begun.elapsed());
     wait_for("noticing", || store.stats().disk.unwrap().failing);
     assert!(lane.read(37 * PAGE as u64, &mut got).is_err());

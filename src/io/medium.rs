@@ -1,7 +1,7 @@
 //! What a tier below memory lies on: a file or block device of this machine, or an NBD server's export.
 #![allow(unsafe_code, reason = "a promise that requesters give of their buffers")]
 
-use super::remote::{Door, Remote};
+use super::remote::{Door, Remote, Tls};
 use super::{Backing, TierKey};
 use crate::config::DiskTier;
 use crate::error::Result;
@@ -17,9 +17,9 @@ pub(crate) enum Medium {
 
 impl Medium {
     /// Opens it. Writes nothing, and waits for no server.
-    pub fn open(tier: &DiskTier, thread_start: Option<fn(&str)>) -> Result<Medium> {
+    pub fn open(tier: &DiskTier, thread_start: Option<fn(&str)>, tls: Option<Tls>) -> Result<Medium> {
         match tier.nbd() {
-            Some(nbd) => Ok(Medium::Remote(Arc::new(Remote::start(tier, nbd, thread_start)?))),
+            Some(nbd) => Ok(Medium::Remote(Arc::new(Remote::start(tier, nbd, thread_start, tls)?))),
             None => Backing::open(tier).map(Medium::Disk),
         }
     }

@@ -13,6 +13,7 @@ pub use buffer::Buffer;
 pub(crate) use medium::Medium;
 pub use medium::{Begun, Source};
 pub use reads::{EndedRead, Reads};
+pub use remote::Tls;
 pub(crate) use writes::{EndedWrite, Writes};
 
 /// Unit of reading and writing, and its alignment on disk and in memory.

@@ -239,7 +239,7 @@ mod tests {
         use crate::config::{DiskTier, Place};
         let path = std::env::temp_dir().join(format!("ghostswap-writes-{}", std::process::id()));
         let tier = DiskTier { place: Place::File(path.clone()), size: Some(4 << 20), encrypt: true, prealloc: false };
-        let backing = Medium::open(&tier, None).unwrap();
+        let backing = Medium::open(&tier, None, None).unwrap();
         let mut writes = Writes::new(2, 300 << 10).unwrap();
         assert!(writes.wait(&backing).is_none());
         for n in 0..2u8 {

@@ -44,6 +44,7 @@ fn store() -> Store {
         segment_bytes_given: true,
         hugetlb: false,
         thread_start: None,
+        tls: None,
         group_pages_seen: 1,
         hot_bytes: 1 << 20,
         cold: None,

@@ -52,6 +52,19 @@ impl Nbdkit {
     pub fn signal(&self, signal: &str) {
         let pid = self.child.as_ref().unwrap().id().to_string();
         assert!(Command::new("kill").args(["-s", signal, &pid]).status().unwrap().success());
+        // All of its threads stand before this returns.
+        let begun = Instant::now();
+        while signal == "STOP" && self.states().chars().any(|state| state != 'T') {
+            assert!(begun.elapsed() < Duration::from_secs(20), "it does not stop: {}", self.states());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// A letter for each of its threads, as in /proc/PID/stat.
+    pub fn states(&self) -> String {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.child.as_ref().unwrap().id())).unwrap();
+        let stats = tasks.filter_map(|task| std::fs::read_to_string(task.unwrap().path().join("stat")).ok());
+        stats.filter_map(|stat| stat.rsplit(") ").next().and_then(|rest| rest.chars().next())).collect()
     }
 }
 

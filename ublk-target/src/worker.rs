@@ -142,6 +142,8 @@ impl<'a> Ready<'a> {
             tiers: add.tiers.clone(),
             max_lanes: usize::from(add.queues),
             thread_start: Some(protect::store_thread),
+            #[cfg(feature = "tls")]
+            tls: Some(ghostswap::Tls::new()),
             ..StoreConfig::default()
         };
         let standby = Standby::new(config, arena)?;

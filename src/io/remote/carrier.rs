@@ -7,12 +7,11 @@
 use super::conversation::{Conversation, LEAST_PAYLOAD};
 use super::office::{Office, Sleep};
 use super::post::Post;
+use super::tls::Securer;
 use super::transport::{wait, For, Patient, Transport};
 use crate::io::backing;
 use crate::nbd::handshake::{self, Export, Failure};
 use crate::nbd::proto::{Command, Request};
-use rustls::pki_types::ServerName;
-use rustls::ClientConfig;
 use socket2::{Domain, SockAddr};
 use std::io::ErrorKind;
 use std::sync::atomic::Ordering;
@@ -32,7 +31,7 @@ const IDLE_LOOK: Duration = Duration::from_secs(5);
 pub(super) struct Way {
     pub addresses: Vec<SockAddr>,
     pub export: String,
-    pub tls: Option<(Arc<ClientConfig>, ServerName<'static>)>,
+    pub tls: Option<Arc<dyn Securer>>,
 }
 
 pub(super) struct Carrier {
@@ -106,9 +105,9 @@ impl Carrier {
         let stop = || office.stop.load(Ordering::Relaxed);
         let mut patient = Patient::connect(address, office.timeout, until, bell, stop)?;
         handshake::greet(&mut patient)?;
-        if let Some((config, name)) = &self.way.tls {
+        if let Some(tls) = &self.way.tls {
             handshake::start_tls(&mut patient)?;
-            patient = patient.secure(config, name)?;
+            patient = patient.secure(&**tls)?;
         }
         let structured = handshake::ask_structured(&mut patient)?;
         let export = handshake::go(&mut patient, self.way.export.as_bytes())?;

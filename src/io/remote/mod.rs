@@ -24,7 +24,7 @@ mod transport;
 
 use super::backing::{bad, check_free, head_of, is_head_of, SIGNATURES_BYTES};
 use super::{Buffer, TierKey, BLOCK_BYTES};
-use crate::config::{format_size, DiskTier, NbdAddress, NbdPlace, Place, MIN_DISK_BYTES};
+use crate::config::{format_size, DiskTier, NbdAddress, NbdPlace, NbdTls, Place, MIN_DISK_BYTES};
 use crate::error::{system, Error, Result};
 use crate::nbd::handshake::Failure;
 use carrier::{Carrier, Way};
@@ -40,6 +40,7 @@ use std::time::{Duration, Instant};
 
 pub(crate) use post::decode;
 pub(crate) use table::{Kind, Reply, Request};
+pub use tls::Tls;
 
 /// Connections if the user does not say, where several agree.
 const CONNECTIONS: u8 = 2;
@@ -61,9 +62,13 @@ pub(crate) struct Remote {
 impl Remote {
     /// Looks up addresses, reads certificates, starts the carriers. Waits for no server: they begin to connect, as
     /// for a store that stands by.
-    pub fn start(tier: &DiskTier, nbd: &NbdPlace, thread_start: Option<fn(&str)>) -> Result<Remote> {
+    pub fn start(tier: &DiskTier, nbd: &NbdPlace, thread_start: Option<fn(&str)>, tls: Option<Tls>) -> Result<Remote> {
         Post::check()?;
-        let tls = nbd.tls.as_ref().map(tls::load).transpose().map_err(|why| bad(tier, &why))?;
+        let load = |files: &NbdTls| match tls {
+            Some(tls) => tls.load(files),
+            None => Err("this program was built without TLS (cargo build --features tls)".into()),
+        };
+        let tls = nbd.tls.as_ref().map(load).transpose().map_err(|why| bad(tier, &why))?;
         let way = Arc::new(Way { addresses: look_up(tier, nbd)?, export: nbd.export.clone(), tls });
         let count = usize::from(nbd.connections.unwrap_or(CONNECTIONS));
         let timeout = Duration::from_secs(nbd.timeout_s.into());

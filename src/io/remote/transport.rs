@@ -2,20 +2,16 @@
 //! given instant.
 #![allow(unsafe_code, reason = "poll and eventfd")]
 
-use rustls::pki_types::ServerName;
-use rustls::{ClientConfig, ClientConnection};
+use super::tls::{Secured, Securer};
 use socket2::{Domain, SockAddr, Socket, TcpKeepalive, Type};
 use std::io::{Error as OsError, ErrorKind, IoSlice, Read, Result, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// A peer that vanished while nothing was asked of it is noticed after 30 + 3 × 10 seconds.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_TRIES: u32 = 3;
-/// What TLS may hold of what is to be sent, and of what has come.
-const TLS_BUFFER_BYTES: usize = 64 << 10;
 
 /// What wakes a carrier.
 pub(super) struct Bell(OwnedFd);
@@ -71,12 +67,7 @@ pub(super) fn wait(bell: &Bell, socket: Option<(RawFd, For)>, most: Duration) {
 /// A connection, in the clear or not.
 pub(super) enum Transport {
     Plain(Socket),
-    Tls(Box<Tls>),
-}
-
-pub(super) struct Tls {
-    socket: Socket,
-    session: ClientConnection,
+    Tls(Box<dyn Secured>),
 }
 
 /// A socket that is being connected; see [`Patient::connect`].
@@ -105,7 +96,7 @@ impl Transport {
     fn socket(&self) -> &Socket {
         match self {
             Transport::Plain(socket) => socket,
-            Transport::Tls(tls) => &tls.socket,
+            Transport::Tls(tls) => tls.socket(),
         }
     }
 
@@ -118,15 +109,15 @@ impl Transport {
 
     /// Something is to be sent that was written already.
     pub fn wants_write(&self) -> bool {
-        matches!(self, Transport::Tls(tls) if tls.session.wants_write())
+        matches!(self, Transport::Tls(tls) if tls.wants_write())
     }
 
     /// Goes on as TLS: from here on what is read and written is its content.
-    fn secure(self, config: &Arc<ClientConfig>, name: &ServerName<'static>) -> Result<Transport> {
-        let Transport::Plain(socket) = self else { return Ok(self) };
-        let mut session = ClientConnection::new(config.clone(), name.clone()).map_err(OsError::other)?;
-        session.set_buffer_limit(Some(TLS_BUFFER_BYTES));
-        Ok(Transport::Tls(Box::new(Tls { socket, session })))
+    fn secure(self, tls: &dyn Securer) -> Result<Transport> {
+        match self {
+            Transport::Plain(socket) => tls.secure(socket).map(Transport::Tls),
+            Transport::Tls(_) => Ok(self),
+        }
     }
 
     /// Says good-bye, if that can be done at once.
@@ -138,39 +129,11 @@ impl Transport {
     }
 }
 
-impl Tls {
-    /// Sends what is to be sent, as far as the socket takes it.
-    fn push(&mut self) -> Result<()> {
-        while self.session.wants_write() {
-            match self.session.write_tls(&mut self.socket) {
-                Ok(_) => {}
-                Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(()),
-                Err(e) => return Err(e),
-            }
-        }
-        Ok(())
-    }
-
-    /// Takes in what has come. `WouldBlock`: nothing.
-    fn pull(&mut self) -> Result<()> {
-        if self.session.read_tls(&mut self.socket)? == 0 {
-            return Err(ErrorKind::UnexpectedEof.into());
-        }
-        self.session.process_new_packets().map_err(|e| OsError::new(ErrorKind::InvalidData, e))?;
-        self.push()
-    }
-}
-
 impl Read for Transport {
     fn read(&mut self, into: &mut [u8]) -> Result<usize> {
         match self {
             Transport::Plain(socket) => socket.read(into),
-            Transport::Tls(tls) => loop {
-                match tls.session.reader().read(into) {
-                    Err(e) if e.kind() == ErrorKind::WouldBlock => tls.pull()?,
-                    other => return other,
-                }
-            },
+            Transport::Tls(tls) => tls.read(into),
         }
     }
 }
@@ -183,22 +146,14 @@ impl Write for Transport {
     fn write_vectored(&mut self, from: &[IoSlice<'_>]) -> Result<usize> {
         match self {
             Transport::Plain(socket) => socket.send_vectored_with_flags(from, libc::MSG_NOSIGNAL),
-            Transport::Tls(tls) => {
-                tls.push()?;
-                let n = tls.session.writer().write_vectored(from)?;
-                tls.push()?;
-                match n {
-                    0 => Err(ErrorKind::WouldBlock.into()),
-                    n => Ok(n),
-                }
-            }
+            Transport::Tls(tls) => tls.write_vectored(from),
         }
     }
 
     fn flush(&mut self) -> Result<()> {
         match self {
             Transport::Plain(_) => Ok(()),
-            Transport::Tls(tls) => tls.push(),
+            Transport::Tls(tls) => tls.flush(),
         }
     }
 }
@@ -242,12 +197,12 @@ impl<'a, Stop: Fn() -> bool> Patient<'a, Stop> {
     }
 
     /// Turns it into TLS and does its handshake.
-    pub fn secure(mut self, config: &Arc<ClientConfig>, name: &ServerName<'static>) -> Result<Self> {
-        self.transport = self.transport.secure(config, name)?;
+    pub fn secure(mut self, tls: &dyn Securer) -> Result<Self> {
+        self.transport = self.transport.secure(tls)?;
         loop {
             let Transport::Tls(tls) = &mut self.transport else { return Ok(self) };
-            tls.push()?;
-            if !tls.session.is_handshaking() {
+            tls.flush()?;
+            if !tls.is_handshaking() {
                 return Ok(self);
             }
             match tls.pull() {
