@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{JoinHandle, Thread};
 
 /// Stack of a background thread: a front end makes all of it resident, so no more than needed.
-const STACK_BYTES: usize = 128 << 10;
+const STACK_BYTES: usize = 96 << 10;
 /// What rehearsing anew may take.
 const REHEARSAL_COST: u64 = 4 << 20;
 
