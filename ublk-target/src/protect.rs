@@ -143,7 +143,8 @@ pub fn store_thread(name: &str) {
         std::process::abort();
     }
     match name {
-        "growth" => first_in_line(GROWTH_PRIORITY),
+        // What a carrier sends takes memory of the kernel, for a page that is to make room.
+        "growth" | "carrier" => first_in_line(GROWTH_PRIORITY),
         _ => as_any_other(),
     }
 }
