@@ -5,7 +5,8 @@ mod zstd;
 
 use crate::config::CodecChoice;
 use crate::page::PAGE_BYTES;
-use zstd_safe::DCtx;
+
+pub(crate) use zstd::Decoder;
 
 /// Payload is the bytes themselves.
 pub const RAW: u8 = 0;
@@ -48,9 +49,6 @@ enum Compressor {
     Zstd(zstd::Zstd),
 }
 
-/// What decompresses payloads of zstd.
-pub(crate) struct Decoder(DCtx<'static>);
-
 /// Compression and decompression with all the memory they need, owned by one thread.
 pub(crate) struct Codec {
     compressor: Compressor,
@@ -65,7 +63,7 @@ impl Codec {
             CodecChoice::Lz4 => Compressor::Lz4(lz4::Lz4::new()),
             CodecChoice::Zstd(level) => Compressor::Zstd(zstd::Zstd::new(level)),
         };
-        let decoder = ((seen | choice.bit()) >> ZSTD & 1 == 1).then(|| Decoder(DCtx::create()));
+        let decoder = ((seen | choice.bit()) >> ZSTD & 1 == 1).then(Decoder::new);
         let mut codec = Codec { compressor, decoder };
         // A model makes thousands of these, and waits for no page fault.
         if cfg!(not(loom)) {
@@ -84,19 +82,6 @@ impl Codec {
                 assert!(self.decompress(codec, &packed[..n], &mut plain[..len]), "what was compressed decompresses");
             }
         }
-    }
-
-    /// Another decoder for what this one compresses, which has gone through a group as large as that once. None:
-    /// none is needed.
-    pub fn decoder(&mut self, group: &mut [u8]) -> Option<Decoder> {
-        let Compressor::Zstd(_) = &self.compressor else { return None };
-        let mut decoder = Decoder(DCtx::create());
-        group.iter_mut().enumerate().for_each(|(i, b)| *b = (i * i / 64) as u8);
-        let mut packed = vec![0; group.len()];
-        if let Some((_, n)) = self.compress(group, &mut packed) {
-            assert_eq!(decoder.0.decompress(group, &packed[..n]), Ok(group.len()), "what was compressed decompresses");
-        }
-        Some(decoder)
     }
 
     /// Decodes with another decoder from here on.
@@ -122,7 +107,7 @@ impl Codec {
         match codec {
             RAW if payload.len() == dst.len() => dst.copy_from_slice(payload),
             LZ4 => return lz4::decompress(payload, dst),
-            ZSTD => return self.decoder.as_mut().is_some_and(|d| d.0.decompress(dst, payload) == Ok(dst.len())),
+            ZSTD => return self.decoder.as_mut().is_some_and(|d| d.decompress(payload, dst)),
             FILL => match payload.try_into() {
                 Ok(pattern) => fill(u64::from_le_bytes(pattern), dst),
                 Err(_) => return false,

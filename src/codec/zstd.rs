@@ -1,14 +1,17 @@
 //! zstd by the C library, with a context in memory of our own. zstd resizes a context that it made
 //! itself: upwards when a longer input needs more, and downwards after 128 inputs in a row that
 //! needed less than a third (`ZSTD_cwksp_check_wasteful`). One that it was given the memory for
-//! stays as it is (`ZSTD_initStaticCCtx` in zstd.h), so nothing is allocated or freed per page.
+//! stays as it is (`ZSTD_initStaticCCtx` in zstd.h), so nothing is allocated or freed per page. The same goes for
+//! what decompresses, for another reason: which of its memory an input needs depends on the input, and all of it
+//! is to have been touched before the first.
 #![allow(unsafe_code, reason = "the C library's interface")]
 
 use super::MOST_PAGES;
 use crate::page::PAGE_BYTES;
 use zstd_safe::zstd_sys::{
-    ZSTD_CCtx, ZSTD_CCtx_setParameter, ZSTD_cParameter, ZSTD_compress2, ZSTD_estimateCCtxSize_usingCParams,
-    ZSTD_getCParams, ZSTD_initStaticCCtx, ZSTD_isError,
+    ZSTD_CCtx, ZSTD_CCtx_setParameter, ZSTD_DCtx, ZSTD_cParameter, ZSTD_compress2, ZSTD_decompressDCtx,
+    ZSTD_estimateCCtxSize_usingCParams, ZSTD_estimateDCtxSize, ZSTD_getCParams, ZSTD_initStaticCCtx,
+    ZSTD_initStaticDCtx, ZSTD_isError,
 };
 
 /// The compressor's working memory, with the context at its start.
@@ -24,8 +27,7 @@ impl Zstd {
             ZSTD_estimateCCtxSize_usingCParams(ZSTD_getCParams(level, (pages * PAGE_BYTES) as u64, 0))
         };
         let size = (1..=MOST_PAGES).map(need).max().unwrap_or(0);
-        // Written with a value other than zero, so that every page of it is touched now.
-        let mut memory = vec![0xa5a5_a5a5_a5a5_a5a5u64; size.div_ceil(8)].into_boxed_slice();
+        let mut memory = touched(size);
         // SAFETY: the memory is as long as said, aligned to 8, and lives as long as the context:
         // nobody has the context's address but through `memory`, and its heap memory never moves.
         let context = unsafe { ZSTD_initStaticCCtx(memory.as_mut_ptr().cast(), memory.len() * 8) };
@@ -69,6 +71,37 @@ impl Zstd {
         };
         (!failed(n)).then_some(n)
     }
+}
+
+/// What decompresses, with the context at the start of its memory.
+pub(crate) struct Decoder {
+    memory: Box<[u64]>,
+}
+
+impl Decoder {
+    pub fn new() -> Decoder {
+        // SAFETY: a pure function of the library.
+        let mut memory = touched(unsafe { ZSTD_estimateDCtxSize() });
+        // SAFETY: as for the compressor's.
+        let context = unsafe { ZSTD_initStaticDCtx(memory.as_mut_ptr().cast(), memory.len() * 8) };
+        assert!(!context.is_null(), "a zstd context of the size the library asks for is accepted");
+        Decoder { memory }
+    }
+
+    /// True if `src` is a frame of exactly `dst.len()` bytes.
+    pub fn decompress(&mut self, src: &[u8], dst: &mut [u8]) -> bool {
+        let context: *mut ZSTD_DCtx = self.memory.as_mut_ptr().cast();
+        // SAFETY: the context was made in `new` and is used by this one thread; lengths are those of
+        // the slices.
+        let n =
+            unsafe { ZSTD_decompressDCtx(context, dst.as_mut_ptr().cast(), dst.len(), src.as_ptr().cast(), src.len()) };
+        !failed(n) && n == dst.len()
+    }
+}
+
+/// Memory written with a value other than zero, so that every page of it is there now.
+fn touched(bytes: usize) -> Box<[u64]> {
+    vec![0xa5a5_a5a5_a5a5_a5a5u64; bytes.div_ceil(8)].into_boxed_slice()
 }
 
 fn failed(answer: usize) -> bool {

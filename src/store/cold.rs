@@ -11,8 +11,8 @@
 
 use super::append::Appender;
 use super::Shared;
-use crate::codec::{Codec, Decoder};
-use crate::config::{Checked, Cold};
+use crate::codec::Decoder;
+use crate::config::{Checked, CodecChoice, Cold};
 use crate::page::PAGE_BYTES;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -42,11 +42,10 @@ pub(crate) struct Share {
 }
 
 impl Share {
-    fn new(codec: &mut Codec, group_pages: usize, makes: bool) -> Share {
+    fn new(cold: Cold, makes: bool) -> Share {
         let room = |pages: usize| vec![0xa5; pages * PAGE_BYTES].into_boxed_slice();
-        let mut group = room(group_pages);
-        let decoder = codec.decoder(&mut group);
-        Share { decoder, group, scratch: room(if makes { group_pages } else { 0 }) }
+        let decoder = matches!(cold.codec, CodecChoice::Zstd(_)).then(Decoder::new);
+        Share { decoder, group: room(cold.group_pages), scratch: room(if makes { cold.group_pages } else { 0 }) }
     }
 }
 
@@ -110,8 +109,8 @@ impl Shared {
         COMPRESSOR_BYTES + SHARE_BYTES * (lanes as u64 + 2)
     }
 
-    /// Makes sure that whoever meets such a record can read it; `codec` is the one that makes them. Cleaner only.
-    pub fn begin_cold(&self, cold: Cold, codec: &mut Codec) {
+    /// Makes sure that whoever meets such a record can read it. Cleaner only.
+    pub fn begin_cold(&self, cold: Cold) {
         // No lane is opened meanwhile: it would go without.
         let lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
         if self.unpacking.begun.load(Ordering::Acquire) {
@@ -119,7 +118,7 @@ impl Shared {
         }
         let threads = lanes.iter().copied().chain([true, self.lower.is_some()]).enumerate();
         for (thread, _) in threads.filter(|(_, decodes)| *decodes) {
-            self.unpacking.put(thread, Share::new(codec, cold.group_pages, thread >= lanes.len()));
+            self.unpacking.put(thread, Share::new(cold, thread >= lanes.len()));
         }
         self.arena.allow(cold.group_pages, cold.codec.bit());
         self.unpacking.begun.store(true, Ordering::Release);

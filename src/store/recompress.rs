@@ -103,8 +103,8 @@ pub(super) struct Recompressor {
 impl Recompressor {
     /// Makes it, and what reading takes that is compressed again.
     pub fn new(shared: &Shared, cold: Cold) -> Recompressor {
-        let mut codec = Codec::new(cold.codec, shared.seen().codecs);
-        shared.begin_cold(cold, &mut codec);
+        let codec = Codec::new(cold.codec, shared.seen().codecs);
+        shared.begin_cold(cold);
         let room = |pages: usize| vec![0xa5; pages * PAGE_BYTES].into_boxed_slice();
         // Every page of it touched now.
         let nothing = Stored { segment: SegmentId(1), offset: 1, index: 1, share: 1 };
