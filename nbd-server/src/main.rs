@@ -14,7 +14,7 @@ use ghostswap_nbd::handshake::Offer;
 use ghostswap_nbd::server::{Limits, Server};
 use ghostswap_nbd::supervise::{self, Estate, Given, Tables};
 use ghostswap_nbd::tls::{Tls, TlsFiles};
-use ghostswap_nbd::{connect, control, listen, VERSION};
+use ghostswap_nbd::{connect, control, listen, protect, VERSION};
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 use std::io::{IsTerminal, Write};
@@ -22,7 +22,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 /// Connections beyond those that have a lane: clients that negotiate, or only ask what there is.
 const NEGOTIATING: usize = 64;
@@ -43,9 +43,10 @@ struct Args {
     /// Listen at this vsock port, for guests of this machine or, in a guest, for its host
     #[arg(long, value_name = "PORT")]
     vsock: Option<u32>,
-    /// A volume and its name; size 16T unless told; quota: bytes it may hold, compressed; tiers: on which its pages may lie; ro: not to be written; client: only for clients whose
-    /// certificate has one of these names; linger: removed when it was without a client for so long. A star in the
-    /// name: one for each client that asks for such a name, linger=1m unless told. May be given several times
+    /// A volume and its name; size 16T unless told; quota: bytes it may hold, compressed; tiers: on which its pages may
+    /// lie; ro: not to be written; client: only for clients whose certificate has one of these names; linger: removed
+    /// when it was without a client for so long. A star in the name: one for each client that asks for such a name,
+    /// linger=1m unless told. May be given several times
     #[arg(
         long,
         value_name = "NAME[,size=SIZE][,quota=SIZE][,tiers=all|ram|below][,client=NAME[:NAME]][,linger=TIME][,ro]",
@@ -55,7 +56,9 @@ struct Args {
     /// Listen at this Unix socket for `ghostswap-nbd exports`
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
-    /// Where pages are kept: ram[,limit=SIZE|PERCENT%][,codec=lz4|zstd[:LEVEL]][,group=SIZE]
+    /// Where pages are kept: ram[,limit=SIZE|PERCENT%][,codec=lz4|zstd[:LEVEL]][,group=SIZE]. A second one: how they are
+    /// compressed again when they have lain still, as in ram,codec=zstd:3,group=64K,idle=10m. Last, what lies below
+    /// memory: file:PATH,size=SIZE, block:DEVICE or another server's export, nbd:URI
     #[arg(long, value_name = "SPEC")]
     tier: Vec<TierConfig>,
     /// Most clients at once that have gone to an export [default: the store's]
@@ -77,6 +80,9 @@ struct Args {
     /// Replace a process of the server that shows no sign of life for so long; 0: never
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u32).range(..=3600))]
     watchdog: u32,
+    /// Keep all of the server in memory, and the OOM killer off it: for a machine that swaps to it, or to anything else
+    #[arg(long)]
+    lock_memory: bool,
     /// The server's certificate, and those between it and its root, in PEM
     #[arg(long, value_name = "FILE", requires = "tls_key")]
     tls_cert: Option<PathBuf>,
@@ -270,6 +276,13 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<ExitCode> {
+    if args.lock_memory {
+        match protect::server() {
+            // The pages are not given up for it.
+            Err(why) if supervise::is_called() => warn!("{why:#}"),
+            done => done?,
+        }
+    }
     if let Some(given) = supervise::given()? {
         return serve(args, given).map(|()| ExitCode::SUCCESS);
     }

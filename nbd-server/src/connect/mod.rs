@@ -20,10 +20,10 @@
 
 mod device;
 mod netlink;
-mod protect;
 mod tell;
 mod watch;
 
+use crate::protect;
 use anyhow::{bail, ensure, Context, Result};
 use device::{Device, Patience, BLOCK_BYTES};
 pub use ghostswap::nbd::handshake;
@@ -272,13 +272,13 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     if !first {
         ensure!(taken_over, "another process connects {} at this moment", options.device.display());
         drop(socket);
-        protect::process()?;
+        protect::client()?;
         return match watch.stand_by(&lock)? {
             true => watch.run(false),
             false => Ok(ExitCode::SUCCESS),
         };
     }
-    protect::process()?;
+    protect::client()?;
     let swapon = watch.begin(options, socket, taken_over)?;
     watch.have_another_stand_by();
     watch.run(swapon)

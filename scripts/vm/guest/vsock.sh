@@ -1,8 +1,8 @@
 #!/bin/sh
-# In the guest: ghostswap-nbd at a vsock port, reached by real clients over the kernel's vsock loopback.
+# In the guest: ghostswap-nbd at a vsock port, locked in memory, reached by real clients over the kernel's vsock loopback.
 set -eu
 modprobe vsock_loopback
-ghostswap-nbd --vsock 10809 --export a,size=64M --tier ram,limit=128M &
+ghostswap-nbd --vsock 10809 --lock-memory --export a,size=64M --tier ram,limit=128M &
 server=$!
 uri='nbd+vsock://1:10809/a'
 # shellcheck disable=SC2034
@@ -11,6 +11,14 @@ for try in 1 2 3 4 5 6 7 8 9 10; do
     sleep 0.5
 done
 nbdinfo "$uri"
+for pid in $server $(busybox pgrep -P $server); do
+    awk -v score="$(cat /proc/$pid/oom_score_adj)" '
+        /^Vm(Lck|RSS|Swap|Exe)/ { kib[$1] = $2 }
+        END {
+            print "locked of a process:", kib["VmLck:"], "KiB, resident", kib["VmRSS:"], "KiB, OOM score", score
+            exit !(kib["VmLck:"] >= kib["VmExe:"] && score == -1000)
+        }' /proc/$pid/status
+done
 dd if=/dev/urandom of=/tmp/there bs=1M count=32 2> /dev/null
 truncate -s 64M /tmp/there
 nbdcopy /tmp/there "$uri"
