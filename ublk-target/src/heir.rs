@@ -11,7 +11,8 @@
 //! thread, which no I/O waits for, starts the program anew with the same letter. It waits for a while
 //! first, and whoever begins says so on the board, so that there are never two.
 //!
-//! What that does not mend: supervisor, agent and worker killed in the same instant.
+//! What that does not mend: supervisor, agent and worker killed in the same instant. Then nobody is left but
+//! the service manager, if the device is one's unit (`kept.rs`).
 
 use crate::board::Shared;
 use crate::handover::{Letter, Occasion, HANDOVER_VERSION, OWN_PROGRAM};

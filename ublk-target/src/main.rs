@@ -4,8 +4,8 @@
 //! calls, `device` and `claim` speak to the driver. Its processes: the command (`daemon`), the
 //! `supervise`r that keeps what is stored, the `worker` that serves and the one that stands by, the
 //! `agent` that answers `control` messages, keeps the swap `windows`, writes the `log` and is the supervisor's
-//! `heir`; they share the `board`. `slotfree` hears of freed swap slots. `protect` keeps them out of their own swap, `doctor` looks at the machine, `notify` and
-//! `unit` get along with systemd.
+//! `heir`; they share the `board`. `slotfree` hears of freed swap slots. `protect` keeps
+//! them out of their own swap, `doctor` looks at the machine, `notify`, `unit` and `kept` get along with systemd.
 //!
 //! Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong usage.
 
@@ -21,6 +21,7 @@ mod device;
 mod doctor;
 mod handover;
 mod heir;
+mod kept;
 mod log;
 mod notify;
 mod progress;
@@ -95,6 +96,9 @@ fn run_add(add: &cli::Add) -> Result<()> {
     }
     if add.or_upgrade && unit::take_in(add)? {
         return Ok(());
+    }
+    if let Some(letter) = add.id.map(kept::find).transpose()?.flatten() {
+        return Err(letter.send(handover::OWN_PROGRAM));
     }
     match daemon::split(add.foreground)? {
         Role::Daemon(pipe) => supervise::run(add, pipe),

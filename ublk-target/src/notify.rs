@@ -7,7 +7,12 @@
 //! systemd finds out whose words they are when it reads them. So only a process that lives on, or a
 //! child of systemd's own, can be sure to be heard.
 
+use anyhow::{Context, Result};
+use rustix::net::{sendmsg, SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use std::ffi::OsStr;
+use std::io::IoSlice;
+use std::mem::MaybeUninit;
+use std::os::fd::BorrowedFd;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
@@ -46,6 +51,31 @@ impl Manager {
             self.unsaid.push('\n');
         }
         self.say_the_rest()
+    }
+
+    /// Has it keep a descriptor by that name. One that keeps none ignores it.
+    pub fn keep(&self, name: &str, descriptor: &BorrowedFd<'_>) -> Result<()> {
+        // A file is never at an end that would have the manager drop it; some ask it all the same.
+        self.of_store(&format!("FDSTORE=1\nFDNAME={name}\nFDPOLL=0"), std::slice::from_ref(descriptor))
+    }
+
+    /// Has it close what it keeps by that name.
+    pub fn forget(&self, name: &str) {
+        // What is kept for nothing goes with the unit's stop.
+        let _ = self.of_store(&format!("FDSTOREREMOVE=1\nFDNAME={name}"), &[]);
+    }
+
+    fn of_store(&self, words: &str, descriptors: &[BorrowedFd<'_>]) -> Result<()> {
+        let Some((_, to)) = &self.socket else { return Ok(()) };
+        let socket = UnixDatagram::unbound().context("cannot make a socket")?;
+        socket.connect_addr(to).context("the service manager does not listen")?;
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        if !descriptors.is_empty() {
+            ancillary.push(SendAncillaryMessage::ScmRights(descriptors));
+        }
+        let sent = sendmsg(&socket, &[IoSlice::new(words.as_bytes())], &mut ancillary, SendFlags::NOSIGNAL);
+        sent.context("the service manager does not listen").map(drop)
     }
 
     /// What was not sent yet. False: still not.

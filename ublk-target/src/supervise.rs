@@ -27,7 +27,7 @@ use crate::daemon;
 use crate::heir::Heritage;
 use crate::notify::Manager;
 use crate::slotfree::{Mode, Source};
-use crate::{agent, control, device, protect, signals};
+use crate::{agent, control, device, kept, protect, signals};
 use anyhow::{anyhow, bail, Result};
 use children::{child, describe, kill, kill_stranger, ready_count, reap, remover, start, Worker};
 use ghostswap::Spare;
@@ -121,6 +121,10 @@ fn begin(add: &Add) -> Result<(Supervisor<'_>, OwnedFd)> {
     shared.set_slot_free(mode, &reason);
     let active = start(add, &arena, &shared, feed.as_ref(), None)?;
     let mut supervisor = Supervisor::new(add, arena, shared, feed, active);
+    if let Err(why) = kept::keep(&supervisor.manager, &supervisor.arena, &supervisor.shared, supervisor.feed.as_ref()) {
+        // In the background nobody may see it; it matters only should all processes be killed at once.
+        let _ = writeln!(std::io::stderr(), "ghostswap-ublk: the service manager keeps nothing: {why:#}");
+    }
     supervisor.active.order("add")?;
     Ok((supervisor, received))
 }
