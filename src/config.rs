@@ -202,7 +202,11 @@ pub(crate) struct Cold {
     pub codec: CodecChoice,
     pub group_pages: usize,
     pub idle_s: u32,
+    pub cpu_percent: u8,
 }
+
+/// Of one processor, for compressing again.
+const CPU_PERCENT: u8 = 25;
 
 /// Seconds until a page is taken for cold.
 const IDLE_S: u32 = 600;
@@ -243,8 +247,8 @@ impl StoreConfig {
             [one, second] => ((*one).clone(), Some(*second)),
             _ => return bad("at most two ram tiers are supported: one to write to, one to compress again in".into()),
         };
-        if tier.idle_s.is_some() {
-            return bad("idle= belongs to a second tier, below the one that is written to".into());
+        if tier.idle_s.is_some() || tier.cpu_percent.is_some() {
+            return bad("idle= and cpu= belong to a second tier, below the one that is written to".into());
         }
         let hot_bytes = tier.limit.resolve(ram_bytes);
         let limit_bytes = match second.map(|t| t.limit) {
@@ -258,6 +262,7 @@ impl StoreConfig {
             codec: t.codec,
             group_pages: t.group as usize / PAGE_BYTES,
             idle_s: t.idle_s.unwrap_or(IDLE_S),
+            cpu_percent: t.cpu_percent.unwrap_or(CPU_PERCENT),
         });
         if limit_bytes < MIN_LIMIT_BYTES {
             return bad(format!("the tier's limit of {limit_bytes} bytes is too small: at least 4M"));
@@ -347,7 +352,7 @@ mod tests {
         );
         assert!(check(&["ram"]).unwrap().cold.is_none() && check(&["file:/x,size=1G"]).unwrap().cold.is_none());
         assert!(check(&["ram", "ram"]).is_err(), "it would compress no better");
-        assert!(check(&["ram,idle=5"]).is_err());
+        assert!(check(&["ram,idle=5"]).is_err() && check(&["ram,cpu=5%"]).is_err());
         assert!(check(&["ram", "ram,limit=60%,codec=zstd"]).is_err(), "more than there is");
         let below = check(&["ram,limit=100M", "ram,codec=zstd:3,group=64K", "file:/x,size=1G"]).unwrap();
         assert_eq!((below.limit_bytes, below.below.unwrap().size), (100 << 20, Some(1 << 30)));

@@ -10,7 +10,7 @@ use std::str::FromStr;
 /// One `--tier`.
 #[derive(Clone, Debug, PartialEq)]
 pub enum TierConfig {
-    /// `ram[,limit=SIZE|PERCENT%][,codec=lz4|zstd[:LEVEL]][,group=SIZE][,idle=TIME]`
+    /// `ram[,limit=SIZE|PERCENT%][,codec=lz4|zstd[:LEVEL]][,group=SIZE][,idle=TIME][,cpu=PERCENT%]`
     Ram(RamTier),
     /// `file:PATH,size=SIZE[,encrypt=off][,prealloc=off]` or `block:PATH[,size=SIZE][,encrypt=off]` or
     /// `nbd:URI[,size=SIZE][,encrypt=off][,connections=N][,timeout=TIME][,ca=PATH][,cert=PATH,key=PATH]`
@@ -28,6 +28,8 @@ pub struct RamTier {
     pub group: u32,
     /// Of a second tier: seconds after which what was written is compressed again. Default: 600.
     pub idle_s: Option<u32>,
+    /// Of a second tier: percent of one processor that compressing again may take, unless memory is short. Default: 25.
+    pub cpu_percent: Option<u8>,
 }
 
 /// A file, a block device or an NBD server's export, below memory.
@@ -57,7 +59,13 @@ pub enum Place {
 
 impl Default for RamTier {
     fn default() -> Self {
-        RamTier { limit: Limit::Default, codec: CodecChoice::Lz4, group: PAGE_BYTES as u32, idle_s: None }
+        RamTier {
+            limit: Limit::Default,
+            codec: CodecChoice::Lz4,
+            group: PAGE_BYTES as u32,
+            idle_s: None,
+            cpu_percent: None,
+        }
     }
 }
 
@@ -109,7 +117,8 @@ fn ram<'a>(options: impl Iterator<Item = &'a str>) -> Result<RamTier, String> {
             "codec" => tier.codec = value.parse()?,
             "group" => tier.group = parse_group(value)?,
             "idle" => tier.idle_s = Some(parse_time(value)?),
-            _ => return Err(format!("unknown option '{key}' of a ram tier: known are limit, codec, group, idle")),
+            "cpu" => tier.cpu_percent = Some(parse_share(value)?),
+            _ => return Err(format!("unknown option '{key}' of a ram tier: known are limit, codec, group, idle, cpu")),
         }
     }
     if let Limit::Bytes(b) = tier.limit {
@@ -178,6 +187,14 @@ pub fn parse_time(text: &str) -> Result<u32, String> {
     seconds.ok_or_else(|| format!("'{text}' is not a time: give a whole number with an optional s, m, h, as in 10m"))
 }
 
+/// Percent of one processor.
+fn parse_share(value: &str) -> Result<u8, String> {
+    match value.strip_suffix('%').and_then(|percent| percent.parse::<u8>().ok()) {
+        Some(percent @ 1..=100) => Ok(percent),
+        _ => Err(format!("cpu={value}: of one processor from 1% to 100%")),
+    }
+}
+
 fn parse_group(value: &str) -> Result<u32, String> {
     match parse_size(value)? {
         b @ (0x1000 | 0x2000 | 0x4000 | 0x8000 | 0x10000) => Ok(b as u32),
@@ -203,7 +220,8 @@ impl fmt::Display for RamTier {
             Limit::Default => {}
         }
         write!(f, ",codec={},group={}", self.codec, self.group)?;
-        self.idle_s.map_or(Ok(()), |s| write!(f, ",idle={s}s"))
+        self.idle_s.map_or(Ok(()), |s| write!(f, ",idle={s}s"))?;
+        self.cpu_percent.map_or(Ok(()), |percent| write!(f, ",cpu={percent}%"))
     }
 }
 
@@ -240,7 +258,7 @@ mod tests {
         assert_eq!((t.place, t.size, t.encrypt), (Place::File("/a/b".into()), Some(64 << 30), true));
         for s in [
             "ram,limit=25%,codec=zstd:3,group=64K",
-            "ram,idle=10m",
+            "ram,idle=10m,cpu=5%",
             "file:/a/b,size=1G,encrypt=off,prealloc=off",
             "block:/dev/x",
             "nbd:nbd://host/cold",
@@ -260,6 +278,9 @@ mod tests {
             "ram,x=1",
             "ram,limit",
             "ram,idle=ever",
+            "ram,cpu=5",
+            "ram,cpu=0%",
+            "ram,cpu=101%",
             "ram:/x",
             "file",
             "file:",

@@ -1,6 +1,8 @@
 //! Pure choices: which segment to clean, whether to clean at all, how large the reserve is to be.
 //! No clock, no memory, no side effect, so that each can be simulated.
 
+use std::time::Duration;
+
 /// What the cleaner knows of a sealed segment.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Candidate {
@@ -131,6 +133,12 @@ pub(crate) fn recompression(h: &Heat) -> Recompression {
     Recompression::Rest
 }
 
+/// How long to leave old pages alone after having compressed some again for so long, to take no more than a share of
+/// one processor.
+pub(crate) fn rest_after(worked: Duration, cpu_percent: u8) -> Duration {
+    worked * (100 - u32::from(cpu_percent.min(100))) / u32::from(cpu_percent.max(1))
+}
+
 /// What the growth thread knows.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Demand {
@@ -188,6 +196,12 @@ mod tests {
         assert_eq!(recompression(&Heat { oldest_s: 10, ..h }), Recompression::Gently);
         assert_eq!(recompression(&Heat { hot_bytes: 51, ..h }), Recompression::Fully);
         assert_eq!(recompression(&Heat { held_bytes: 90, ..h }), Recompression::Fully);
+    }
+
+    #[test]
+    fn work_and_rest_make_up_the_share() {
+        let rest = |percent| rest_after(Duration::from_millis(30), percent).as_millis();
+        assert_eq!([1, 25, 50, 100].map(rest), [2970, 90, 30, 0]);
     }
 
     #[test]

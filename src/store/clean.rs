@@ -8,14 +8,14 @@ use super::recompress::{due, Recompressor};
 use super::survivors::Copier;
 use super::{grow, Shared};
 use crate::arena::Spare;
-use crate::log::policy::{cleaning, gain, worth, Candidate, Cleaning};
+use crate::log::policy::{cleaning, gain, rest_after, worth, Candidate, Cleaning};
 use crate::log::record::most_total;
 use crate::log::segment::Open;
 use crate::page::SegmentId;
 use crate::sync::nap;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Victims taken from one look over the table.
 const BATCH: usize = 8;
@@ -31,12 +31,21 @@ pub(super) struct Cleaner {
     /// can spare the memory.
     recompressor: Option<Recompressor>,
     spare: Spare,
+    /// None: whoever takes the steps decides when.
+    rest_until: Option<Instant>,
 }
 
 impl Cleaner {
     pub fn new(shared: Arc<Shared>, spare: Spare) -> Cleaner {
         let copier = Copier::new(&shared, Appender::new(&shared, 0), shared.cleaner_epoch());
-        let mut cleaner = Cleaner { copier, victims: Vec::with_capacity(BATCH + 1), recompressor: None, spare, shared };
+        let mut cleaner = Cleaner {
+            copier,
+            victims: Vec::with_capacity(BATCH + 1),
+            recompressor: None,
+            spare,
+            rest_until: None,
+            shared,
+        };
         if cleaner.shared.has_cold() {
             cleaner.recompressor();
         }
@@ -44,6 +53,7 @@ impl Cleaner {
     }
 
     pub fn run(&mut self) {
+        self.rest_until = Some(Instant::now());
         while !self.shared.stop.load(Ordering::Acquire) {
             if !self.step() {
                 std::thread::park_timeout(NAP);
@@ -72,8 +82,18 @@ impl Cleaner {
     /// Compresses a segment again, if one is due. True: and there is more to do at once.
     fn compress_again(&mut self) -> bool {
         let shared = self.shared.clone();
-        let Some(due) = shared.config.cold.and_then(|cold| due(&shared, cold)) else { return false };
-        self.recompressor().is_some_and(|recompressor| recompressor.step(&shared, due))
+        let Some(cold) = shared.config.cold else { return false };
+        let Some(due) = due(&shared, cold) else { return false };
+        let begun = Instant::now();
+        if !due.more && self.rest_until.is_some_and(|until| begun < until) {
+            return false;
+        }
+        let more = self.recompressor().is_some_and(|recompressor| recompressor.step(&shared, due));
+        if let Some(until) = &mut self.rest_until {
+            let now = Instant::now();
+            *until = now + rest_after(now - begun, cold.cpu_percent);
+        }
+        more
     }
 
     /// None: there is no tier for that, or no memory at this moment.

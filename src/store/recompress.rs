@@ -6,8 +6,8 @@
 //! marked cold, and each slot exchanged from the very word that was seen (`survivors.rs` argues why that
 //! loses nothing). What does not compress goes as it is, alone. Then the segment is empty and retired.
 //!
-//! This runs in the cleaner's thread, after cleaning, which matters more. Gently, it does one segment
-//! for each nap of that thread: some tens of milliseconds of work for every fifty of rest at most. The
+//! This runs in the cleaner's thread, after cleaning, which matters more. While memory is not short it takes no more
+//! than a share of one processor: a segment, some tens of milliseconds, and then rest in proportion. The
 //! slower codec is paid for by whoever reads such a page; a page that is written again is hot again.
 
 use super::append::{Appender, Outcome};
@@ -47,8 +47,8 @@ impl Live {
 /// What is to be compressed again now: the oldest segment that is sealed and not cold.
 pub(super) struct Due {
     segment: SegmentId,
-    /// And there is more to do at once.
-    more: bool,
+    /// And there is more to do at once: memory is short, or somebody asked.
+    pub more: bool,
 }
 
 pub(super) fn due(s: &Shared, cold: Cold) -> Option<Due> {

@@ -5,8 +5,9 @@
 //! and passes the descriptors (LISTEN_FDS); of them `find` makes the letter that a supervisor leaves when it
 //! dies (`handover.rs`), and from there on it is a succession like any other.
 //!
-//! While nobody has the arena mapped nothing locks its pages: the unit's `MemorySwapMax=0` is what
-//! keeps them from being swapped out then, to their own device among others.
+//! While nobody has the arena mapped nothing locks its pages. What keeps them from being swapped out
+//! then, to their own device among others, is the tmpfs without swap that they are in, or, before
+//! Linux 6.4, the unit's `MemorySwapMax=0`.
 
 use crate::board::Shared;
 use crate::device;
