@@ -138,8 +138,9 @@ impl Link {
     /// Says that it is ready, and waits for the order to serve. None: it is not needed.
     pub fn stand_by(&mut self, standby: &mut Standby) -> Result<Option<Order>> {
         let name = |name| rustix::thread::set_name(name).context("cannot name this process");
-        name(c"nbd-standby")?;
         self.desk.say(&format!("ready {VERSION}"));
+        // Last, so that whoever finds one by its name finds one that is watched over as such.
+        name(c"nbd-standby")?;
         let order = self.wait_for_order(standby)?;
         if order.is_some() {
             name(c"nbd-worker")?;
