@@ -3,10 +3,11 @@
 # export as swap, a verifying hog. What watches the connections is told to end, which it refuses; it is killed, and
 # what stands by follows it; both are killed, and started again. Then swapoff, disconnect. Whoever runs this may kill
 # the server's worker meanwhile.
+# First of all the network may be cut: what is sent is lost without a word, and no connection is told.
 # Status 1 if a page was wrong, a request failed, a process was OOM-killed or the device stays in use.
-# Arguments: EXPORT, CONNECTIONS, HOG_MIB, THP (always | never), SECONDS of touching, THREADS
+# Arguments: EXPORT, CONNECTIONS, HOG_MIB, THP (always | never), SECONDS of touching, THREADS, [SECONDS of the cut]
 set -eu
-export=$1 connections=$2 hog=$3 thp=$4 seconds=$5 threads=${6:-2}
+export=$1 connections=$2 hog=$3 thp=$4 seconds=$5 threads=${6:-2} cut=${7:-0}
 rc=0
 fail() { echo "FAILED: $*"; rc=1; }
 wait_for() { # SECONDS WHAT COMMAND...
@@ -55,6 +56,22 @@ ghostswap-hog --mib "$hog" --threads "$threads" --seconds "$seconds" --thp "$thp
 hogpid=$!
 wait_for 120 "swapping" more_than_64_mib_swapped
 kill -0 $watcher || fail "it left a swap device in use"
+if [ "$cut" != 0 ]; then
+    echo "--- the network is cut for $cut s, $(swapped) KiB swapped" | tee -a /tmp/connect.out
+    requests() { awk '{print $1 + $5}' /sys/block/nbd0/stat; }
+    # To the loopback, which drops what is for others.
+    ip route add 10.0.2.9/32 dev lo
+    sleep 1
+    before=$(requests)
+    sleep $((cut - 1))
+    now=$(requests)
+    ip route del 10.0.2.9/32 dev lo
+    began=$(cut -d. -f1 /proc/uptime)
+    goes_on() { [ "$(requests)" -gt $((now + 100)) ]; }
+    wait_for 60 "traffic after the cut" goes_on
+    echo "$((now - before)) requests were answered meanwhile; it went on within" \
+        "$(($(cut -d. -f1 /proc/uptime) - began + 1)) s" | tee -a /tmp/connect.out
+fi
 echo "--- it is killed, $(swapped) KiB swapped" | tee -a /tmp/connect.out
 kill -9 $watcher
 wait $watcher 2> /dev/null || true
