@@ -235,6 +235,8 @@ impl HttpService for Http {
             let e = e.into_error();
             let why = if e.is_closed() || e.is_incomplete_message() || e.is_canceled() {
                 "the server hung up".to_owned()
+            } else if e.is_parse() {
+                "its answer is not HTTP: is it http:// or https://?".to_owned()
             } else {
                 in_a_line(&e)
             };
