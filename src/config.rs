@@ -2,14 +2,16 @@
 //! Flags, keys and fields have the same names.
 
 mod nbd;
+mod s3;
 mod tier;
 
 pub use nbd::{NbdAddress, NbdPlace, NbdTls};
+pub use s3::S3Place;
 pub(crate) use tier::MIN_DISK_BYTES;
 pub use tier::{parse_time, DiskTier, Place, RamTier, TierConfig};
 
 use crate::error::{Error, Result};
-use crate::io::Tls;
+use crate::io::{Callers, Tls, S3};
 use crate::page::PAGE_BYTES;
 use std::fmt;
 use std::str::FromStr;
@@ -150,6 +152,8 @@ pub struct StoreConfig {
     pub thread_start: Option<fn(&str)>,
     /// Given, a tier behind an NBD server may be reached by TLS.
     pub tls: Option<Tls>,
+    /// Given, a tier may be a bucket of an S3 server.
+    pub s3: Option<S3>,
     /// Takes the arena from hugetlbfs pages that the administrator has set aside; they are not
     /// given back while the store lives.
     pub hugetlb: bool,
@@ -164,6 +168,7 @@ impl Default for StoreConfig {
             max_lanes: 16,
             thread_start: None,
             tls: None,
+            s3: None,
             hugetlb: false,
             segment_bytes: None,
         }
@@ -183,6 +188,7 @@ pub(crate) struct Checked {
     pub hugetlb: bool,
     pub thread_start: Option<fn(&str)>,
     pub tls: Option<Tls>,
+    pub s3: Option<S3>,
     /// Most pages that a record in the arena may hold when it is opened: `group_pages`, or more by an earlier store.
     pub group_pages_seen: usize,
     /// Codecs of which the arena may hold records when it is opened, a bit each.
@@ -212,6 +218,11 @@ const CPU_PERCENT: u8 = 25;
 const IDLE_S: u32 = 600;
 
 impl Checked {
+    /// What whoever opens the store lends to what lies below it.
+    pub fn callers(&self) -> Callers {
+        Callers { thread_start: self.thread_start, tls: self.tls, s3: self.s3 }
+    }
+
     /// Most pages that a record will ever hold.
     pub fn most_group_pages(&self) -> usize {
         self.group_pages_seen.max(self.cold.map_or(0, |cold| cold.group_pages))
@@ -292,6 +303,7 @@ impl StoreConfig {
             hugetlb: self.hugetlb,
             thread_start: self.thread_start,
             tls: self.tls,
+            s3: self.s3,
             group_pages_seen: tier.group as usize / PAGE_BYTES,
             codecs_seen: tier.codec.bit(),
             hot_bytes,
@@ -308,7 +320,7 @@ fn in_order(tiers: &[TierConfig]) -> Result<(Vec<&RamTier>, Option<&DiskTier>)> 
     for tier in tiers {
         match tier {
             _ if disk.is_some() => {
-                let why = "nothing goes below a file, block or nbd tier: it is the last, and there is one at most";
+                let why = "nothing goes below a file, block, nbd or s3 tier: it is the last, and there is one at most";
                 return Err(Error::InvalidConfig(why.into()));
             }
             TierConfig::Ram(tier) => ram.push(tier),

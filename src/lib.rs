@@ -40,7 +40,7 @@ pub use config::{StoreConfig, TierConfig};
 #[doc(hidden)]
 pub use crash::set_hook as set_crash_hook;
 pub use error::{Error, Result};
-pub use io::{Begun, Buffer, EndedRead, Reads, Source, Tls};
+pub use io::{Begun, Buffer, EndedRead, Reads, Source, Tls, S3};
 pub use page::{Placement, MAX_VOLUMES, MAX_VOLUME_BYTES, PAGE_BYTES};
 pub use stats::{Stats, TierStats};
 #[cfg(feature = "crash-points")]

@@ -312,8 +312,13 @@ fn run(args: &Args) -> Result<ExitCode> {
 fn serve(args: &Args, given: Given) -> Result<()> {
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGUSR1]).context("cannot catch signals")?;
     let tls = args.tls()?;
-    let mut config =
-        StoreConfig { tiers: args.tier.clone(), tls: Some(ghostswap::Tls::new()), ..StoreConfig::default() };
+    let mut config = StoreConfig {
+        tiers: args.tier.clone(),
+        tls: Some(ghostswap::Tls::new()),
+        #[cfg(feature = "s3")]
+        s3: Some(ghostswap::S3::new()),
+        ..StoreConfig::default()
+    };
     if let Some(lanes) = args.max_lanes {
         config.max_lanes = lanes.into();
     }

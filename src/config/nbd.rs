@@ -154,7 +154,7 @@ impl NbdPlace {
     }
 }
 
-fn host_and_port(authority: &str) -> Option<(&str, Option<u16>)> {
+pub(super) fn host_and_port(authority: &str) -> Option<(&str, Option<u16>)> {
     let (host, port) = match authority.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
         Some((host, "")) => (host, None),
         Some((host, port)) => (host, Some(port.strip_prefix(':')?)),

@@ -1,6 +1,7 @@
 //! A tier as the user gives it: `--tier KIND[:WHERE][,key=value…]`.
 
 use super::nbd::NbdPlace;
+use super::s3::{S3Place, DEFAULT_BYTES};
 use super::{parse_size, CodecChoice, Limit, MIN_LIMIT_BYTES};
 use crate::page::PAGE_BYTES;
 use std::fmt;
@@ -13,7 +14,9 @@ pub enum TierConfig {
     /// `ram[,limit=SIZE|PERCENT%][,codec=lz4|zstd[:LEVEL]][,group=SIZE][,idle=TIME][,cpu=PERCENT%]`
     Ram(RamTier),
     /// `file:PATH,size=SIZE[,encrypt=off][,prealloc=off]` or `block:PATH[,size=SIZE][,encrypt=off]` or
-    /// `nbd:URI[,size=SIZE][,encrypt=off][,connections=N][,timeout=TIME][,ca=PATH][,cert=PATH,key=PATH]`
+    /// `nbd:URI[,size=SIZE][,encrypt=off][,connections=N][,timeout=TIME][,ca=PATH][,cert=PATH,key=PATH]` or
+    /// `s3:BUCKET[/PREFIX],endpoint=URL[,region=NAME][,size=SIZE][,encrypt=off][,connections=N][,timeout=TIME]
+    /// [,ca=PATH][,credentials=PATH[,profile=NAME]]`
     Disk(DiskTier),
 }
 
@@ -32,12 +35,12 @@ pub struct RamTier {
     pub cpu_percent: Option<u8>,
 }
 
-/// A file, a block device or an NBD server's export, below memory.
+/// A file, a block device, an NBD server's export or a bucket's objects, below memory.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DiskTier {
     /// Which of them.
     pub place: Place,
-    /// Bytes of it to use. Default: all of a block device or an export.
+    /// Bytes of it to use. Default: all of a block device or an export, 1T of a bucket.
     pub size: Option<u64>,
     /// Whether what goes there is encrypted. Otherwise it is only checked. Default: it is.
     pub encrypt: bool,
@@ -55,6 +58,8 @@ pub enum Place {
     Block(PathBuf),
     /// An export of an NBD server, all of it.
     Nbd(Box<NbdPlace>),
+    /// A bucket of an S3 server, or what lies under a prefix of one.
+    S3(Box<S3Place>),
 }
 
 impl Default for RamTier {
@@ -70,11 +75,12 @@ impl Default for RamTier {
 }
 
 impl Place {
-    /// Its path, or URI.
+    /// Its path, or URI, or bucket and prefix.
     pub fn path(&self) -> &Path {
         match self {
             Place::File(path) | Place::Block(path) => path,
             Place::Nbd(nbd) => Path::new(&nbd.uri),
+            Place::S3(s3) => Path::new(&s3.name),
         }
     }
 }
@@ -90,6 +96,10 @@ impl FromStr for TierConfig {
         if ["nbd", "nbd:"].contains(&head) {
             return Err(format!("tier '{head}' wants a URI, as in nbd:nbd://pool.example/cold"));
         }
+        if ["s3", "s3:"].contains(&head) {
+            let example = "s3:pages/node1,endpoint=https://s3.example.net,size=1T";
+            return Err(format!("tier '{head}' wants a bucket, as in {example}"));
+        }
         match head.split_once(':') {
             // A daemon has no working directory of its user's.
             Some(("file" | "block", path)) if !path.starts_with('/') => {
@@ -99,7 +109,8 @@ impl FromStr for TierConfig {
             Some(("file", path)) => disk(Place::File(path.into()), options).map(TierConfig::Disk),
             Some(("block", path)) => disk(Place::Block(path.into()), options).map(TierConfig::Disk),
             Some(("nbd", uri)) => disk(Place::Nbd(Box::new(NbdPlace::parse(uri)?)), options).map(TierConfig::Disk),
-            _ => Err(format!("unknown tier '{head}': known kinds are: ram, file:PATH, block:PATH, nbd:URI")),
+            Some(("s3", name)) => disk(Place::S3(Box::new(S3Place::parse(name)?)), options).map(TierConfig::Disk),
+            _ => Err(format!("unknown tier '{head}': known kinds are: ram, file:PATH, block:PATH, nbd:URI, s3:BUCKET")),
         }
     }
 }
@@ -137,11 +148,14 @@ fn disk<'a>(place: Place, options: impl Iterator<Item = &'a str>) -> Result<Disk
     let mut tier = DiskTier { place, size: None, encrypt: true, prealloc: true };
     for part in options {
         let (key, value) = key_and_value(part)?;
-        if let Place::Nbd(nbd) = &mut tier.place {
-            if let Some(set) = nbd.set(key, value) {
-                set?;
-                continue;
-            }
+        let own = match &mut tier.place {
+            Place::Nbd(nbd) => nbd.set(key, value),
+            Place::S3(s3) => s3.set(key, value),
+            Place::File(_) | Place::Block(_) => None,
+        };
+        if let Some(set) = own {
+            set?;
+            continue;
         }
         match key {
             "size" => tier.size = Some(parse_size(value)?),
@@ -154,11 +168,20 @@ fn disk<'a>(place: Place, options: impl Iterator<Item = &'a str>) -> Result<Disk
                 let known = "size, encrypt, connections, timeout, ca, cert, key";
                 return Err(format!("unknown option '{key}' of an nbd tier: known are {known}"));
             }
+            _ if matches!(tier.place, Place::S3(_)) => {
+                let known = "endpoint, region, size, encrypt, connections, timeout, ca, credentials, profile";
+                return Err(format!("unknown option '{key}' of an s3 tier: known are {known}"));
+            }
             _ => return Err(format!("unknown option '{key}' of a block tier: known are size, encrypt")),
         }
     }
-    if let Place::Nbd(nbd) = &tier.place {
-        nbd.check()?;
+    match &tier.place {
+        Place::Nbd(nbd) => nbd.check()?,
+        Place::S3(s3) => {
+            s3.check()?;
+            tier.size = tier.size.or(Some(DEFAULT_BYTES));
+        }
+        Place::File(_) | Place::Block(_) => {}
     }
     match tier.size {
         None if file => Err("a file tier wants a size, as in file:/var/lib/ghostswap/cold,size=64G".into()),
@@ -231,6 +254,7 @@ impl fmt::Display for DiskTier {
             Place::File(path) => write!(f, "file:{}", path.display())?,
             Place::Block(path) => write!(f, "block:{}", path.display())?,
             Place::Nbd(nbd) => write!(f, "nbd:{}", nbd.uri)?,
+            Place::S3(s3) => write!(f, "{}", s3.name)?,
         }
         self.size.map_or(Ok(()), |b| write!(f, ",size={b}"))?;
         let off = |f: &mut fmt::Formatter<'_>, on: bool, key| if on { Ok(()) } else { write!(f, ",{key}=off") };
@@ -238,6 +262,7 @@ impl fmt::Display for DiskTier {
         off(f, self.prealloc, "prealloc")?;
         match &self.place {
             Place::Nbd(nbd) => nbd.fmt(f),
+            Place::S3(s3) => s3.fmt(f),
             _ => Ok(()),
         }
     }
@@ -264,6 +289,9 @@ mod tests {
             "nbd:nbd://host/cold",
             "nbd:nbd+unix:///x?socket=/run/s,size=1T,encrypt=off,connections=4,timeout=5s",
             "nbd:nbds://host:1/x,ca=/a,cert=/b,key=/c",
+            "s3:pages,region=eu-central-1",
+            "s3:pages/a/b,endpoint=http://127.0.0.1:9000/base,region=x,size=10T,encrypt=off,connections=64,timeout=5s",
+            "s3:my.pages/n-1/,endpoint=https://[::1]:1,ca=/a,credentials=/b,profile=c",
         ] {
             let t = parsed(s);
             assert_eq!(parsed(&t.to_string()), t);
@@ -303,9 +331,29 @@ mod tests {
             "nbd:nbds://host/x,ca=a",
             "nbd:nbds://host/x,ca=/a,cert=/b",
             "nbd:nbds+unix:///x?socket=/s,ca=/a",
+            "s3",
+            "s3:",
+            "s3:pages",
+            "s3:/x,region=a",
+            "s3:ab,region=a",
+            "s3:pages//x,region=a",
+            "s3:pages/../x,region=a",
+            "s3:pages/ä,region=a",
+            "s3:pages,endpoint=host:9000",
+            "s3:pages,endpoint=http://",
+            "s3:pages,endpoint=http://key:secret@host",
+            "s3:pages,endpoint=http://host:x",
+            "s3:pages,endpoint=http://host/?x",
+            "s3:pages,endpoint=http://host,ca=/a",
+            "s3:pages,endpoint=http://host,profile=a",
+            "s3:pages,endpoint=http://host,credentials=a",
+            "s3:pages,endpoint=http://host,connections=65",
+            "s3:pages,endpoint=http://host,size=1M",
+            "s3:pages,endpoint=http://host,prealloc=off",
+            "s3:pages,endpoint=http://host,secret=x",
         ] {
             let e = bad.parse::<TierConfig>().unwrap_err();
-            assert!(!e.contains('\n'), "{e}");
+            assert!(!e.contains('\n') && !e.contains("key:secret"), "{e}");
         }
     }
 }

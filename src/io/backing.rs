@@ -21,7 +21,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::sync::OnceLock;
 
-const MAGIC: &[u8; 8] = b"GHOSTLOW";
+pub(super) const MAGIC: &[u8; 8] = b"GHOSTLOW";
 const VERSION: u64 = 1;
 const ID_AT: usize = 16;
 /// Where file systems, swap areas, volume managers and partition tables say what they are.
@@ -157,7 +157,7 @@ impl Backing {
                 let _ =
                     unsafe { libc::fallocate(self.file.as_raw_fd(), mode, at as libc::off_t, bytes as libc::off_t) };
             }
-            Place::Block(_) | Place::Nbd(_) => {
+            Place::Block(_) | Place::Nbd(_) | Place::S3(_) => {
                 // Linux include/uapi/linux/fs.h: _IO(0x12, 119).
                 const BLKDISCARD: libc::c_ulong = 0x1277;
                 let range = [at, bytes];

@@ -1,13 +1,22 @@
-//! What a tier below memory lies on: a file or block device of this machine, or an NBD server's export.
+//! What a tier below memory lies on: a file or block device of this machine, an NBD server's export, or objects of an
+//! S3 server.
 #![allow(unsafe_code, reason = "a promise that requesters give of their buffers")]
 
-use super::remote::{Door, Remote, Tls};
+use super::remote::{Door, Remote, Tls, S3};
 use super::{Backing, TierKey};
-use crate::config::DiskTier;
+use crate::config::{DiskTier, Place};
 use crate::error::Result;
 use std::fmt;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
+
+/// What whoever opens a store lends to its lower tier: what each thread does first, and what the program can do.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Callers {
+    pub thread_start: Option<fn(&str)>,
+    pub tls: Option<Tls>,
+    pub s3: Option<S3>,
+}
 
 /// One of the two.
 pub(crate) enum Medium {
@@ -17,10 +26,11 @@ pub(crate) enum Medium {
 
 impl Medium {
     /// Opens it. Writes nothing, and waits for no server.
-    pub fn open(tier: &DiskTier, thread_start: Option<fn(&str)>, tls: Option<Tls>) -> Result<Medium> {
-        match tier.nbd() {
-            Some(nbd) => Ok(Medium::Remote(Arc::new(Remote::start(tier, nbd, thread_start, tls)?))),
-            None => Backing::open(tier).map(Medium::Disk),
+    pub fn open(tier: &DiskTier, callers: &Callers) -> Result<Medium> {
+        match &tier.place {
+            Place::Nbd(nbd) => Ok(Medium::Remote(Arc::new(Remote::start_nbd(tier, nbd, callers)?))),
+            Place::S3(s3) => Ok(Medium::Remote(Arc::new(Remote::start_s3(tier, s3, callers)?))),
+            Place::File(_) | Place::Block(_) => Backing::open(tier).map(Medium::Disk),
         }
     }
 
@@ -40,8 +50,7 @@ impl Medium {
     pub fn claim(&self) -> Result<()> {
         match self {
             Medium::Disk(backing) => backing.claim(),
-            Medium::Remote(remote) if remote.is_up() => Ok(()),
-            Medium::Remote(remote) => Err(crate::Error::BadTier { tier: remote.to_string(), why: "it is away".into() }),
+            Medium::Remote(remote) => remote.claim(),
         }
     }
 
@@ -69,15 +78,29 @@ impl Medium {
         }
     }
 
-    /// Tells that a range holds nothing any more. True: that may be done later once more.
-    pub fn discard(&self, at: u64, bytes: u64) -> bool {
+    /// Tells that so many bytes from each of these on hold nothing any more. Of each, true: that may be done later once
+    /// more.
+    pub fn discard(&self, all: &[u64], bytes: u64) -> [bool; MOST_DISCARDS] {
         match self {
             Medium::Disk(backing) => {
-                backing.discard(at, bytes);
-                false
+                all.iter().for_each(|at| backing.discard(*at, bytes));
+                [false; MOST_DISCARDS]
             }
-            Medium::Remote(remote) => remote.discard(at, bytes),
+            Medium::Remote(remote) => remote.discard(all, bytes),
         }
+    }
+
+    /// How many ranges at once. Objects are deleted one by one, and each takes as long as a round trip.
+    pub fn discards_at_once(&self) -> usize {
+        match self {
+            Medium::Remote(remote) if remote.has_objects() => MOST_DISCARDS,
+            _ => 1,
+        }
+    }
+
+    /// Segments are written in parts. Objects are not: what is written is all that there is.
+    pub fn takes_parts(&self) -> bool {
+        !matches!(self, Medium::Remote(remote) if remote.has_objects())
     }
 
     /// Behind a server.
@@ -105,6 +128,9 @@ impl fmt::Display for Medium {
         }
     }
 }
+
+/// Most ranges that are discarded at once.
+pub(crate) const MOST_DISCARDS: usize = 16;
 
 /// Where what is to be fetched is read from, by a requester with an io_uring of its own.
 pub struct Source(From);

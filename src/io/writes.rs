@@ -2,7 +2,9 @@
 //! its own. What keeps a disk busy from one thread, and no busier than it likes.
 //!
 //! A buffer goes in pieces, and of those so many are on their way at once as the disk answers soon: whoever reads
-//! a page of it meanwhile waits behind them.
+//! a page of it meanwhile waits behind them. What becomes an object goes as a whole, and as many at once as there are
+//! buffers: that an S3 server takes its time for each says nothing of how many it takes, and reads have connections
+//! of their own.
 #![allow(unsafe_code, reason = "submitting buffers that stay until the kernel has done with them")]
 
 use super::remote::{decode, Kind, Reply, Request};
@@ -131,7 +133,8 @@ impl Writes {
     /// Sends pieces, of the write first begun first, as far as the window goes.
     fn send(&mut self, medium: &Medium) {
         let on_the_way = self.pieces.iter().flatten().count();
-        for _ in on_the_way..self.window.0 {
+        let most = if medium.takes_parts() { self.window.0 } else { MOST_PIECES };
+        for _ in on_the_way..most {
             let due = self.writes.iter().enumerate().filter_map(|(n, write)| {
                 let write = write.as_ref()?;
                 write.has_more().then_some((write.since, n))
@@ -150,7 +153,8 @@ impl Writes {
     fn send_piece(&mut self, medium: &Medium, buffer: usize) {
         let free = self.pieces.iter().position(Option::is_none).expect("the window is no larger than the table");
         let write = self.writes[buffer].as_mut().expect("it has more");
-        let bytes = (write.bytes - write.begun).min(PIECE_BYTES);
+        let most = if medium.takes_parts() { PIECE_BYTES } else { usize::MAX };
+        let bytes = (write.bytes - write.begun).min(most);
         let piece = &self.buffers[buffer][write.begun..write.begun + bytes];
         let at = write.at + write.begun as u64;
         write.begun += bytes;
@@ -239,7 +243,7 @@ mod tests {
         use crate::config::{DiskTier, Place};
         let path = std::env::temp_dir().join(format!("ghostswap-writes-{}", std::process::id()));
         let tier = DiskTier { place: Place::File(path.clone()), size: Some(4 << 20), encrypt: true, prealloc: false };
-        let backing = Medium::open(&tier, None, None).unwrap();
+        let backing = Medium::open(&tier, &Default::default()).unwrap();
         let mut writes = Writes::new(2, 300 << 10).unwrap();
         assert!(writes.wait(&backing).is_none());
         for n in 0..2u8 {

@@ -165,7 +165,7 @@ impl Mover {
             // As much room as moving down would leave: draining is not to make others wait.
             self.moving = true;
             let drained = wanted == 0 && self.may_compact() && self.bring_up(&shared, lower, |_| true);
-            return drained || lower.discard_one(&shared.arena);
+            return drained || lower.discard_some(&shared.arena);
         }
         self.moving = wanted > 0;
         if self.promote(&shared, lower) {
@@ -189,7 +189,7 @@ impl Mover {
             // Nothing of that age is left, or it cannot go. Unless the order is a newer one.
             let _ = shared.write_back.compare_exchange(by_hand, 0, Ordering::Relaxed, Ordering::Relaxed);
         }
-        self.move_wanted(&shared, lower) || compacted || lower.discard_one(&shared.arena)
+        self.move_wanted(&shared, lower) || compacted || lower.discard_some(&shared.arena)
     }
 
     /// What a volume wants to have below, a part at a time.

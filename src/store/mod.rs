@@ -498,7 +498,7 @@ fn attach(config: &Checked, arena: &Arena, medium: Medium) -> Result<Lower> {
     if let Some(remote) = lower.medium.remote() {
         // A server that is away, or another, keeps no store from going on with what is in memory. Its carriers look
         // whose it is on each connection.
-        remote.bind(&id, BLOCK_BYTES as u64 + u64::from(extents) * lower.extent_bytes());
+        remote.bind(&id, BLOCK_BYTES as u64 + u64::from(extents) * lower.extent_bytes(), lower.extent_bytes());
         remote.serve();
         lower.find_late(arena);
     }

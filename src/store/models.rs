@@ -45,6 +45,7 @@ fn store() -> Store {
         hugetlb: false,
         thread_start: None,
         tls: None,
+        s3: None,
         group_pages_seen: 1,
         hot_bytes: 1 << 20,
         cold: None,

@@ -42,8 +42,7 @@ impl Standby {
         let (ram_bytes, _) = host_memory()?;
         let mut config = config.validate(ram_bytes)?;
         let waiting = Waiting::new(arena)?;
-        let medium =
-            config.below.as_ref().map(|tier| Medium::open(tier, config.thread_start, config.tls)).transpose()?;
+        let medium = config.below.as_ref().map(|tier| Medium::open(tier, &config.callers())).transpose()?;
         if let Some(medium) = &medium {
             // Of a server's export only a new arena has to know them: who takes one over must not wait for a server.
             config.below_bytes = medium.bytes(waiting.segment_bytes().is_none())?.unwrap_or(0);

@@ -22,8 +22,7 @@ impl Steps {
     pub fn open(config: StoreConfig, arena: OwnedFd) -> Result<(Store, Steps)> {
         let mut config = config.validate(host_memory()?.0)?;
         let waiting = Waiting::new(arena)?;
-        let medium =
-            config.below.as_ref().map(|tier| Medium::open(tier, config.thread_start, config.tls)).transpose()?;
+        let medium = config.below.as_ref().map(|tier| Medium::open(tier, &config.callers())).transpose()?;
         if let Some(medium) = &medium {
             config.below_bytes = medium.bytes(waiting.segment_bytes().is_none())?.unwrap_or(0);
         }

@@ -1,4 +1,4 @@
-//! The tier below memory: a file, a block device or a server's export, in extents of one segment each.
+//! The tier below memory: a file, a block device, a server's export or objects, in extents of one segment each.
 //!
 //! Which segment lies where, the segment table says; here is only which extents are taken, what became
 //! of reading and writing, and what is to be discarded. Extents are taken by the mover alone, and given
@@ -19,7 +19,7 @@ pub(crate) use seal::{Seal, PAYLOAD};
 
 use crate::arena::{Arena, Resident};
 use crate::error::{Error, Result};
-use crate::io::{Medium, TierKey, BLOCK_BYTES};
+use crate::io::{Medium, TierKey, BLOCK_BYTES, MOST_DISCARDS};
 use crate::page::ExtentNo;
 use late::{Late, TICK};
 use std::fmt;
@@ -290,26 +290,37 @@ impl Lower {
         self.medium.remote().is_none_or(|remote| remote.is_ours(&self.id, &mut block[..BLOCK_BYTES]))
     }
 
-    /// Tells the medium of one extent that is free and that it does not know of. Mover only, so that no
+    /// Tells the medium of an extent, or some, that is free and that it does not know of. Mover only, so that no
     /// extent is taken meanwhile. False: there is none.
-    pub fn discard_one(&self, arena: &Arena) -> bool {
-        let extent = {
-            let mut space = self.space();
-            let Some(extent) = space.told.lowest_absent() else { return false };
-            space.told.set(extent);
-            if space.kept.has(extent) {
-                return true;
+    pub fn discard_some(&self, arena: &Arena) -> bool {
+        let (mut at, mut count) = ([0; MOST_DISCARDS], 0);
+        let mut extents = [ExtentNo(0); MOST_DISCARDS];
+        while count < self.medium.discards_at_once() {
+            let extent = {
+                let mut space = self.space();
+                let Some(extent) = space.told.lowest_absent() else { break };
+                space.told.set(extent);
+                if space.kept.has(extent) {
+                    continue;
+                }
+                ExtentNo(extent)
+            };
+            if !self.note(arena, extent) {
+                self.space().told.clear(extent.0);
+                break;
             }
-            ExtentNo(extent)
-        };
-        if !self.note(arena, extent) {
-            self.space().told.clear(extent.0);
+            (at[count], extents[count]) = (self.at(extent), extent);
+            count += 1;
+        }
+        if count == 0 {
             return false;
         }
-        let late = self.wait_for(|| self.medium.discard(self.at(extent), self.extent_bytes));
-        self.settle(arena, extent, late);
-        if late {
-            self.space().kept.set(extent.0);
+        let late = self.wait_for(|| self.medium.discard(&at[..count], self.extent_bytes));
+        for (extent, late) in extents[..count].iter().zip(late) {
+            self.settle(arena, *extent, late);
+            if late {
+                self.space().kept.set(extent.0);
+            }
         }
         true
     }

@@ -144,6 +144,8 @@ impl<'a> Ready<'a> {
             thread_start: Some(protect::store_thread),
             #[cfg(feature = "tls")]
             tls: Some(ghostswap::Tls::new()),
+            #[cfg(feature = "s3")]
+            s3: Some(ghostswap::S3::new()),
             ..StoreConfig::default()
         };
         let standby = Standby::new(config, arena)?;

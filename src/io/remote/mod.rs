@@ -1,4 +1,4 @@
-//! A tier behind an NBD server: any server, over TCP or a Unix socket, with TLS or without.
+//! A tier behind a server: any NBD server, over TCP or a Unix socket, with TLS or without; or any S3 server ([`s3`]).
 //!
 //! Requesters (a queue's thread, a connection of the NBD front end, the mover, a lane that waits) hand what they want
 //! to a table ([`table`]) and are told of its end in their own io_uring, as the kernel tells of a read it did for them
@@ -13,21 +13,29 @@
 //! **Late writes.** A connection that breaks may leave a write in the server, to be done at any time. Sending it again
 //! does no harm, since it writes the same; writing something else there might. So a write, or trim, that was sent and
 //! not answered on the same connection is called *late* when it ends, and `tier/late.rs` keeps its place free.
+//!
+//! **S3** is the same with one carrier, that has many requests under way, each on a connection of its own: HTTP answers
+//! one at a time, and a page's round trip is long. What asks, and what is told, is no different.
 
 mod carrier;
 mod conversation;
+mod objects;
 mod office;
 mod post;
+#[cfg(feature = "s3")]
+mod s3;
 mod table;
 mod tls;
 mod transport;
 
 use super::backing::{bad, check_free, head_of, is_head_of, SIGNATURES_BYTES};
+use super::medium::{Callers, MOST_DISCARDS};
 use super::{Buffer, TierKey, BLOCK_BYTES};
-use crate::config::{format_size, DiskTier, NbdAddress, NbdPlace, NbdTls, Place, MIN_DISK_BYTES};
+use crate::config::{format_size, DiskTier, NbdAddress, NbdPlace, NbdTls, S3Place, MIN_DISK_BYTES};
 use crate::error::{system, Error, Result};
 use crate::nbd::handshake::Failure;
 use carrier::{Carrier, Way};
+use objects::{Alone, Objects};
 use office::{Identity, Office};
 use post::{Post, Waiter};
 use socket2::SockAddr;
@@ -38,6 +46,7 @@ use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+pub use objects::S3;
 pub(crate) use post::decode;
 pub(crate) use table::{Kind, Reply, Request};
 pub use tls::Tls;
@@ -52,42 +61,77 @@ const CONNECT_TIME: Duration = Duration::from_secs(10);
 /// Trimmed at once when an export is taken that was a tier before.
 const TRIM_BYTES: u64 = 1 << 30;
 
-/// A tier behind an NBD server, and the threads that speak with it. They end with it.
+/// A tier behind a server, and the threads that speak with it. They end with it.
 pub(crate) struct Remote {
     office: Arc<Office>,
     carriers: Vec<JoinHandle<()>>,
     tier: DiskTier,
+    /// None: an export.
+    objects: Option<(Box<dyn Objects>, Alone)>,
 }
 
 impl Remote {
     /// Looks up addresses, reads certificates, starts the carriers. Waits for no server: they begin to connect, as
     /// for a store that stands by.
-    pub fn start(tier: &DiskTier, nbd: &NbdPlace, thread_start: Option<fn(&str)>, tls: Option<Tls>) -> Result<Remote> {
-        Post::check()?;
-        let load = |files: &NbdTls| match tls {
+    pub fn start_nbd(tier: &DiskTier, nbd: &NbdPlace, callers: &Callers) -> Result<Remote> {
+        let load = |files: &NbdTls| match callers.tls {
             Some(tls) => tls.load(files),
             None => Err("this program was built without TLS (cargo build --features tls)".into()),
         };
         let tls = nbd.tls.as_ref().map(load).transpose().map_err(|why| bad(tier, &why))?;
         let way = Arc::new(Way { addresses: look_up(tier, nbd)?, export: nbd.export.clone(), tls });
         let count = usize::from(nbd.connections.unwrap_or(CONNECTIONS));
-        let timeout = Duration::from_secs(nbd.timeout_s.into());
-        let office =
-            Office::new(count, timeout).map_err(|source| Error::System { what: "eventfd for an nbd tier", source })?;
-        let mut remote = Remote { office: Arc::new(office), carriers: Vec::with_capacity(count), tier: tier.clone() };
+        let mut remote = Remote::new(tier, None, count, nbd.timeout_s)?;
         let stack = if nbd.tls.is_some() { TLS_STACK_BYTES } else { STACK_BYTES };
         for n in 0..count {
             let carrier = Carrier::new(n, remote.office.clone(), way.clone())?;
-            let body = move || {
-                if let Some(hook) = thread_start {
-                    hook("carrier");
-                }
-                carrier.run();
-            };
-            let thread = std::thread::Builder::new().name(format!("ghost-carrier{n}")).stack_size(stack).spawn(body);
-            remote.carriers.push(thread.map_err(|_| system("starting a carrier"))?);
+            remote.begin(callers.thread_start, stack, move || carrier.run())?;
         }
         Ok(remote)
+    }
+
+    /// The same of a bucket.
+    pub fn start_s3(tier: &DiskTier, place: &S3Place, callers: &Callers) -> Result<Remote> {
+        let load = match callers.s3 {
+            Some(s3) => s3.load(place),
+            None => Err("this program was built without S3 (cargo build --features s3)".into()),
+        };
+        let objects = load.map_err(|why| bad(tier, &why))?;
+        let mut remote = Remote::new(tier, Some((objects, Alone::new(place))), 1, place.timeout_s)?;
+        let (objects, _) = remote.objects.as_ref().expect("it was just put there");
+        let run = objects.carrier(remote.office.clone(), callers.thread_start)?;
+        remote.begin(callers.thread_start, TLS_STACK_BYTES, run)?;
+        Ok(remote)
+    }
+
+    fn new(
+        tier: &DiskTier,
+        objects: Option<(Box<dyn Objects>, Alone)>,
+        carriers: usize,
+        timeout_s: u32,
+    ) -> Result<Remote> {
+        Post::check()?;
+        let office = Office::new(carriers, Duration::from_secs(timeout_s.into()));
+        let office = office.map_err(|source| Error::System { what: "eventfd for a tier behind a server", source })?;
+        Ok(Remote { office: Arc::new(office), carriers: Vec::with_capacity(carriers), tier: tier.clone(), objects })
+    }
+
+    fn begin(
+        &mut self,
+        thread_start: Option<fn(&str)>,
+        stack: usize,
+        run: impl FnOnce() + Send + 'static,
+    ) -> Result<()> {
+        let body = move || {
+            if let Some(hook) = thread_start {
+                hook("carrier");
+            }
+            run();
+        };
+        let name = format!("ghost-carrier{}", self.carriers.len());
+        let thread = std::thread::Builder::new().name(name).stack_size(stack).spawn(body);
+        self.carriers.push(thread.map_err(|_| system("starting a carrier"))?);
+        Ok(())
     }
 
     /// A store counts on it from here on.
@@ -114,6 +158,10 @@ impl Remote {
             drop(failure);
             std::thread::sleep(Duration::from_millis(2));
         }
+        if self.has_objects() {
+            // A bucket has no size.
+            return self.tier.size.ok_or_else(|| bad(&self.tier, "it wants a size, as in size=1T"));
+        }
         let there = self.office.export.get().map_or(0, |export| export.bytes);
         match self.tier.size {
             Some(size) if size > there => {
@@ -126,10 +174,24 @@ impl Remote {
         }
     }
 
-    /// Whose it must be, and how large at least, on each connection from now on.
-    pub fn bind(&self, id: &TierKey, bytes: u64) {
+    /// What goes there becomes objects, of an extent each.
+    pub fn has_objects(&self) -> bool {
+        self.objects.is_some()
+    }
+
+    /// Takes it for this process alone, as far as that can be had. An error too while the server is away.
+    pub fn claim(&self) -> Result<()> {
+        match &self.objects {
+            _ if !self.is_up() => Err(bad(&self.tier, "it is away")),
+            Some((_, alone)) if !alone.claim() => Err(bad(&self.tier, "another store of this machine has it")),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whose it must be, how large at least, and in extents of what size, on each connection from now on.
+    pub fn bind(&self, id: &TierKey, bytes: u64, extent_bytes: u64) {
         // Said once for a store.
-        let _ = self.office.identity.set(Identity { id: *id, bytes });
+        let _ = self.office.identity.set(Identity { id: *id, bytes, extent_bytes });
         self.office.wake_all();
     }
 
@@ -162,6 +224,9 @@ impl Remote {
     /// Makes it a tier with this identity, unless it holds what is not ours.
     pub fn initialise(&self, id: &TierKey, bytes: u64) -> Result<()> {
         let io = |e: std::io::Error| bad(&self.tier, &e.to_string());
+        if let Some((objects, _)) = &self.objects {
+            return objects.initialise(id).map_err(|why| bad(&self.tier, &why));
+        }
         let mut start = Buffer::new(SIGNATURES_BYTES);
         self.read(&mut start, 0).map_err(io)?;
         if check_free(&self.tier, &start)? {
@@ -201,9 +266,15 @@ impl Remote {
         self.ask(Kind::Read, at, buffer.len() as u32, buffer.as_mut_ptr() as usize).0.map(drop)
     }
 
-    /// Tells the server that a range holds nothing any more, and waits for that. True: it may do so later once more.
-    pub fn discard(&self, at: u64, bytes: u64) -> bool {
-        self.ask(Kind::Trim, at, bytes as u32, 0).1
+    /// Tells the server that ranges hold nothing any more, all at once, and waits for that. Of each, true: it may do so
+    /// later once more.
+    pub fn discard(&self, all: &[u64], bytes: u64) -> [bool; MOST_DISCARDS] {
+        let waiters: [Waiter; MOST_DISCARDS] = std::array::from_fn(|_| Waiter::new());
+        for (at, waiter) in all.iter().zip(&waiters) {
+            let reply = Reply::Waiter(std::ptr::from_ref(waiter) as usize);
+            self.push(&Request { kind: Kind::Trim, at: *at, bytes: bytes as u32, buffer: 0, reply });
+        }
+        std::array::from_fn(|i| i < all.len() && decode(waiters[i].wait()).1)
     }
 
     fn ask(&self, kind: Kind, at: u64, bytes: u32, buffer: usize) -> (std::io::Result<u32>, bool) {
@@ -278,15 +349,5 @@ impl Door {
     pub fn read(&self, at: u64, bytes: u32, buffer: *mut u8, user_data: u64) -> bool {
         let reply = Reply::Ring(self.ring.as_raw_fd(), user_data);
         self.remote.try_push(&Request { kind: Kind::Read, at, bytes, buffer: buffer as usize, reply })
-    }
-}
-
-impl DiskTier {
-    /// Where the server is, if it lies behind one.
-    pub(crate) fn nbd(&self) -> Option<&NbdPlace> {
-        match &self.place {
-            Place::Nbd(nbd) => Some(nbd),
-            _ => None,
-        }
     }
 }

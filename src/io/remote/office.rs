@@ -28,7 +28,7 @@ const PATIENCES: u32 = 4;
 #[derive(Clone, Copy)]
 pub(super) struct Held {
     pub request: Request,
-    since: Instant,
+    pub since: Instant,
     /// It may have been sent to a connection that broke: the server may do it yet, at any time.
     pub late: bool,
 }
@@ -52,10 +52,11 @@ pub(super) enum Sleep {
     Full,
 }
 
-/// Whose the export must be, and how large at least.
+/// Whose the export, or prefix, must be, how large at least, and what makes an object of its own.
 pub(super) struct Identity {
     pub id: TierKey,
     pub bytes: u64,
+    pub extent_bytes: u64,
 }
 
 pub(super) struct Office {
@@ -195,6 +196,11 @@ impl Office {
         post.add(held.request.reply, encode(result, held.late));
     }
 
+    /// No request lasts longer, whatever the server does.
+    pub fn patience(&self) -> Duration {
+        self.timeout * PATIENCES
+    }
+
     /// Lets those fail that have waited for long enough.
     pub fn expire(&self, post: &mut Post) {
         let hopeless = self.stop.load(Ordering::Relaxed) || self.is_lost();
@@ -202,7 +208,7 @@ impl Office {
         self.collect(&mut waiting);
         for _ in 0..waiting.len() {
             let Some(held) = waiting.pop_front() else { break };
-            if hopeless || held.since.elapsed() >= self.timeout * PATIENCES {
+            if hopeless || held.since.elapsed() >= self.patience() {
                 self.tell(post, &held, Err(libc::EIO));
             } else {
                 waiting.push_back(held);

@@ -100,7 +100,7 @@ impl Post {
         match got {
             Some((7, -5)) => Ok(()),
             _ => Err(Error::InvalidConfig(
-                "an nbd tier needs a kernel whose io_urings tell each other (IORING_OP_MSG_RING, Linux 5.18)".into(),
+                "a tier behind a server needs a kernel whose io_urings tell each other (IORING_OP_MSG_RING, Linux 5.18)".into(),
             )),
         }
     }
