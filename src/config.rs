@@ -140,6 +140,36 @@ impl fmt::Display for CodecChoice {
 /// Smallest memory limit: a few segments for writers, two for the cleaner, the map's nodes.
 pub const MIN_LIMIT_BYTES: u64 = 4 << 20;
 
+/// The tiers of a store that is not told of any.
+pub fn default_tiers() -> Vec<TierConfig> {
+    let second = RamTier { codec: CodecChoice::Zstd(3), group: 64 << 10, idle_s: Some(IDLE_S), ..RamTier::default() };
+    vec![TierConfig::Ram(RamTier::default()), TierConfig::Ram(second)]
+}
+
+/// These tiers with one more below them.
+pub fn with_tier(tiers: &[TierConfig], below: TierConfig) -> Result<Vec<TierConfig>> {
+    let bad = |why: String| Err(Error::InvalidConfig(why));
+    if !matches!(below, TierConfig::Disk(_)) {
+        return bad("only a tier below memory can be added: file:, block: or nbd:".into());
+    }
+    let mut all = if tiers.is_empty() { default_tiers() } else { tiers.to_vec() };
+    if let Some(TierConfig::Disk(there)) = all.last() {
+        return bad(format!("there is a tier below memory, and there is one at most: {there}"));
+    }
+    all.push(below);
+    Ok(all)
+}
+
+/// These tiers without the one below memory.
+pub fn without_tier(tiers: &[TierConfig]) -> Result<Vec<TierConfig>> {
+    match tiers.split_last() {
+        // What a store is not told of is as it was with the tier.
+        Some((TierConfig::Disk(_), [])) => Ok(vec![TierConfig::Ram(RamTier::default())]),
+        Some((TierConfig::Disk(_), rest)) => Ok(rest.to_vec()),
+        _ => Err(Error::InvalidConfig("there is no tier below memory".into())),
+    }
+}
+
 /// Everything a store is opened with.
 #[derive(Clone, Debug)]
 pub struct StoreConfig {
@@ -249,10 +279,9 @@ impl Checked {
 impl StoreConfig {
     pub(crate) fn validate(&self, ram_bytes: u64) -> Result<Checked> {
         let bad = |why: String| Err(Error::InvalidConfig(why));
-        let (ram, disk) = in_order(&self.tiers)?;
-        let by_default = RamTier { codec: CodecChoice::Zstd(3), group: 64 << 10, ..RamTier::default() };
+        let by_default = default_tiers();
+        let (ram, disk) = in_order(if self.tiers.is_empty() { &by_default } else { &self.tiers })?;
         let (tier, second) = match ram.as_slice() {
-            [] if self.tiers.is_empty() => (RamTier::default(), Some(&by_default)),
             [] => (RamTier::default(), None),
             [one] => ((*one).clone(), None),
             [one, second] => ((*one).clone(), Some(*second)),
@@ -344,6 +373,20 @@ mod tests {
             assert!(parse_size(bad).is_err(), "{bad}");
         }
         assert_eq!(format_size(1 << 44), "16.0 TiB");
+    }
+
+    #[test]
+    fn a_tier_comes_below_and_goes() {
+        let tiers = |list: &[&str]| list.iter().map(|t| t.parse().unwrap()).collect::<Vec<TierConfig>>();
+        let disk = || "file:/x,size=1G".parse::<TierConfig>().unwrap();
+        let all = with_tier(&[], disk()).unwrap();
+        assert_eq!(all, tiers(&["ram", "ram,codec=zstd:3,group=64K,idle=10m", "file:/x,size=1G"]));
+        assert_eq!(all.iter().map(|t| t.to_string().parse().unwrap()).collect::<Vec<TierConfig>>(), all);
+        assert_eq!(without_tier(&all).unwrap(), default_tiers());
+        assert_eq!(without_tier(&tiers(&["file:/x,size=1G"])).unwrap(), tiers(&["ram"]));
+        assert!(with_tier(&all, disk()).unwrap_err().to_string().contains("file:/x,size="));
+        assert!(with_tier(&[], tiers(&["ram"]).remove(0)).is_err());
+        assert!(without_tier(&[]).is_err() && without_tier(&tiers(&["ram"])).is_err());
     }
 
     #[test]

@@ -17,7 +17,7 @@ use ghostswap::{create_arena, Lane, Steps, Store, StoreConfig, MAX_VOLUME_BYTES}
 use ledger::{content, fork, wait, End, Ledger, Shared, PAGE};
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock};
 
 const SIZES: [u64; 2] = [MAX_VOLUME_BYTES, 1 << 30];
@@ -30,11 +30,17 @@ static TARGET: AtomicU64 = AtomicU64::new(u64::MAX);
 static PASSED: AtomicU64 = AtomicU64::new(0);
 static LAST: AtomicU64 = AtomicU64::new(0);
 static IN_A_ROW: AtomicU64 = AtomicU64::new(0);
+/// Only those points count that a change of tiers has and nothing else.
+static OF_TIERS: AtomicBool = AtomicBool::new(false);
+const TIERS: [&str; 3] = ["superblock: before a part of the tier", "tier: ", "recovery: the table's end"];
 /// Address and length of the name of the point stopped at.
 static STOPPED_AT: OnceLock<Shared> = OnceLock::new();
 
 /// Ends the process at the target'th point that counts.
 fn hook(name: &'static str) {
+    if OF_TIERS.load(Ordering::Relaxed) && !TIERS.iter().any(|beginning| name.starts_with(beginning)) {
+        return;
+    }
     let address = name.as_ptr() as u64;
     let in_a_row = if LAST.swap(address, Ordering::Relaxed) == address {
         IN_A_ROW.fetch_add(1, Ordering::Relaxed) + 1
@@ -95,6 +101,8 @@ enum Op {
     /// Some segments down to disk; the emptiest there copied back to memory.
     Demote,
     Compact,
+    /// All that is on disk back to memory.
+    Drain,
     /// The memory limit is set, to what it is.
     Limit,
 }
@@ -232,6 +240,19 @@ impl<'a> Player<'a> {
             Op::GiveBack => self.steps.give_back(1),
             Op::Demote => drop(self.steps.demote()),
             Op::Compact => drop(self.steps.compact()),
+            Op::Drain => {
+                self.store.drain_disk(true).unwrap();
+                for turn in 0.. {
+                    if self.store.stats().disk.unwrap().used_bytes == 0 {
+                        break;
+                    }
+                    assert!(turn < 1000, "it does not get empty");
+                    self.steps.drain();
+                    self.steps.close_cleaner();
+                    self.steps.clean();
+                    self.steps.grow().unwrap();
+                }
+            }
             Op::Limit => {
                 let limit = self.store.tiers()[0].limit_bytes;
                 self.store.set_limit(Limit::Bytes(limit)).unwrap();
@@ -298,6 +319,92 @@ impl<'a> Player<'a> {
         self.check();
         assert_eq!(self.store.stats().lost_pages, 0);
     }
+}
+
+// --- tiers that come and go -------------------------------------------------------------------------
+
+/// What happens on each of the stores that have the arena in turn: without a tier below, with one, without, with another.
+fn stores(file: &str) -> Vec<(String, Vec<Op>)> {
+    use Op::*;
+    let ram = "ram,limit=4M,codec=lz4";
+    let disk = |name: &str| format!("{ram} + file:{file}{name},size=16M,prealloc=off");
+    vec![
+        (ram.into(), vec![Create, Create, Write(0, 0, 34, RAW), Write(1, 0, 20, SMALL)]),
+        (disk("a"), vec![Demote, Write(0, 34, 20, MIDDLE), Write(0, 0, 3, RAW), Drain]),
+        (ram.into(), vec![Write(1, 20, 10, RAW), Clean]),
+        (disk("b"), vec![Demote, Write(1, 5, 20, MIDDLE), Drain]),
+        // At once in the place of the other.
+        (disk("a"), vec![Demote, Write(0, 2, 10, SMALL)]),
+    ]
+}
+
+/// Stops the stores' history at its `target`th point, then the opening of the next, with the tiers that were being
+/// opened or with those before, at its `again`th. Returns the points' names; the first None: it came to its end.
+fn change_stopped(file: &str, target: u64, again: u64) -> (Option<&'static str>, Option<&'static str>) {
+    let arena = create_arena(false).unwrap();
+    let entries = entries();
+    let ledger = Ledger::new(entries.len());
+    let stores = stores(file);
+    let at = STOPPED_AT.get().unwrap().at(2);
+    let first = stopped_at(target, || {
+        let mut version = 1 << 20;
+        for (n, (tier, ops)) in stores.iter().enumerate() {
+            at.store(n as u64, Ordering::SeqCst);
+            let mut player = Player::open(&arena, tier, &ledger, &entries);
+            player.version = version;
+            player.open_lanes();
+            ops.iter().for_each(|op| player.play(*op));
+            version = player.version;
+        }
+    });
+    let n = at.load(Ordering::SeqCst) as usize;
+    // Every other time the tiers before are tried first. Where something lies on one that they do not have, they are
+    // refused, and nothing is lost by that.
+    let before = (target % 2 == 1).then(|| stores[n.saturating_sub(1)].0.as_str());
+    let open = || {
+        let old = before.and_then(|tier| Steps::open(config(tier), arena.try_clone().unwrap()).ok());
+        let (store, steps) =
+            old.unwrap_or_else(|| Steps::open(config(&stores[n].0), arena.try_clone().unwrap()).unwrap());
+        Player { store, steps, lanes: Vec::new(), ledger: &ledger, entries: &entries, version: 1 << 20 }
+    };
+    let second = stopped_at(again, || drop(open()));
+    let outcome = std::panic::catch_unwind(|| {
+        let mut player = open();
+        player.check();
+        player.go_on();
+    });
+    if outcome.is_err() {
+        panic!("tiers: stopped at point {target}, {first:?}, in store {n}, and in the next at {again}, {second:?}");
+    }
+    (first, second)
+}
+
+/// At every point that only a change of tiers has, and in the next opening at each of those in turn. Then at one in
+/// thirteen of all.
+fn walk_stores(file: &str, visited: &Mutex<BTreeSet<String>>) {
+    let mut stops = 0;
+    let mut stop = |target, again| {
+        let (first, second) = change_stopped(file, target, again);
+        stops += 1;
+        visited.lock().unwrap().extend(first.into_iter().chain(second).map(str::to_string));
+        (first, second)
+    };
+    OF_TIERS.store(true, Ordering::Relaxed);
+    let mut of_tiers = 0;
+    while stop(of_tiers, 0).0.is_some() {
+        for again in 1.. {
+            if stop(of_tiers, again).1.is_none() {
+                break;
+            }
+        }
+        of_tiers += 1;
+    }
+    OF_TIERS.store(false, Ordering::Relaxed);
+    let mut target = 0;
+    while stop(target, target * 7 % 31).0.is_some() {
+        target += 13;
+    }
+    println!("tiers: {of_tiers} points of a change, {target} points in all, {stops} stops");
 }
 
 // --- the walk -------------------------------------------------------------------------------------
@@ -372,7 +479,7 @@ fn walk(tier: &str, visited: &Mutex<BTreeSet<String>>) {
 
 #[test]
 fn stopped_at_any_point_nothing_acknowledged_is_lost() {
-    STOPPED_AT.get_or_init(|| Shared::new(2));
+    STOPPED_AT.get_or_init(|| Shared::new(3));
     ghostswap::set_crash_hook(hook);
     let visited = Mutex::new(BTreeSet::new());
     let again = "ram,limit=8M,codec=lz4 + ram,codec=zstd:1,group=16K,idle=0";
@@ -381,7 +488,10 @@ fn stopped_at_any_point_nothing_acknowledged_is_lost() {
     for tier in ["ram,limit=4M,codec=lz4", "ram,limit=8M,codec=lz4,group=16K", again, &disk] {
         walk(tier, &visited);
     }
-    std::fs::remove_file(file).unwrap();
+    walk_stores(&file.display().to_string(), &visited);
+    for name in ["", "a", "b"] {
+        std::fs::remove_file(format!("{}{name}", file.display())).unwrap();
+    }
     let missed: Vec<_> = all_points().difference(&visited.lock().unwrap()).cloned().collect();
     assert!(missed.is_empty(), "never stopped at: {missed:?}");
 }

@@ -354,8 +354,8 @@ fn what_is_no_arena_of_ours_is_refused_and_keeps_what_it_holds() {
     for (at, word, says) in [
         (0, 0, "magic"),
         (0, u64::from_le_bytes(*b"SWAPSPCE"), "magic"),
-        (8, 1, "version 1; this program reads 4"),
-        (8, 3, "version 3"),
+        (8, 1, "version 1; this program reads 5"),
+        (8, 4, "version 4"),
         (16, 4096, "do not make up"),
         (24, frames + 1, "do not make up"),
         (4096, 4097, "sizes"),
@@ -386,8 +386,8 @@ fn what_is_no_arena_of_ours_is_refused_and_keeps_what_it_holds() {
 fn a_slot_that_cannot_be_costs_its_page_alone() {
     let arena = left_behind();
     // As docs/FORMAT.md says where things are.
-    let frames = peek(&arena, 24);
-    let meta = (4096 + 1024 * 64 + frames * 32).div_ceil(4096) * 4096;
+    let segments = peek(&arena, 72);
+    let meta = (4096 + 1024 * 64 + segments * 32).div_ceil(4096) * 4096;
     let upper = peek(&arena, 4096 + 32) & 0xffff_ffff;
     let node = peek(&arena, meta + upper * 4096) & 0xffff_ffff;
     let leaf = peek(&arena, meta + node * 4096) & 0xffff_ffff;
@@ -412,7 +412,7 @@ fn a_slot_that_cannot_be_costs_its_page_alone() {
 fn an_arena_not_finished_is_begun_anew_and_other_data_is_not_touched() {
     let sized = create_arena(false).unwrap();
     std::fs::File::from(sized.try_clone().unwrap()).set_len(123 << 20).unwrap();
-    poke(&sized, 8, 4);
+    poke(&sized, 8, 5);
     let store = Store::open_arena(config("ram,limit=16M"), sized).unwrap();
     filled(&store, 1 << 30, 10);
     compare(&store, 0, 10);

@@ -7,6 +7,9 @@
 //! | `{"cmd":"add","spec":"a,size=64G"}` | `{"ok":true}`; the spec is what `--export` takes |
 //! | `{"cmd":"remove","name":"a"}` | `{"ok":true}` once nothing of it is stored any more |
 //! | `{"cmd":"status"}` | `{"ok":true,"version":"0.1.0","upgrades":0,…}`: what happened since the server was started; `alone`: nobody supervises |
+//! | `{"cmd":"tiers"}` | `{"ok":true,"tiers":[…],"disk":{…}}`: what each holds |
+//! | `{"cmd":"empty","empty":true}` | `{"ok":true}`: the tier below is being drained, unless what lies there does not fit into memory; false: it is used again |
+//! | `{"cmd":"addtier","spec":"block:/dev/x"}`, `{"cmd":"removetier"}` | as `upgrade` |
 //! | `{"cmd":"upgrade"}` | none, if the upgrade begins: the connection ends with this worker, and the next one's status tells the rest |
 //!
 //! A refusal is `{"ok":false,"error":"one line"}`.
@@ -14,15 +17,16 @@
 use crate::export::{ExportConfig, Exports};
 use crate::listen::Listener;
 use crate::supervise::Desk;
-use crate::VERSION;
-use anyhow::{bail, Context, Result};
-use ghostswap::config::format_size;
+use crate::{tiers, VERSION};
+use anyhow::{anyhow, bail, Context, Result};
+use ghostswap::config::{format_size, with_tier, without_tier, TierConfig};
 use serde::{Deserialize, Serialize};
 use serde_json::{json, Value};
 use socket2::Socket;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -36,6 +40,12 @@ const ANSWER_PATIENCE: Duration = Duration::from_secs(60);
 const UPGRADE_PATIENCE: Duration = Duration::from_secs(120);
 /// How often to ask how an upgrade went.
 const ASK_EVERY: Duration = Duration::from_millis(10);
+/// A worker of other tiers has to get ready before it is known whether they can be had.
+const TIERS_PATIENCE: Duration = Duration::from_secs(180);
+/// While a tier is being emptied: how often to look, to ask anew whether all will fit, to tell how far it is.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+const ASK_ANEW_EVERY: Duration = Duration::from_secs(2);
+const TELL_EVERY: Duration = Duration::from_secs(2);
 
 #[derive(Serialize, Deserialize)]
 #[serde(tag = "cmd", rename_all = "lowercase")]
@@ -45,6 +55,17 @@ pub enum Request {
     Remove { name: String },
     Status,
     Upgrade,
+    Tiers,
+    Empty { empty: bool },
+    AddTier { spec: String },
+    RemoveTier,
+}
+
+impl Request {
+    /// Carried out by this process's end.
+    fn ends_worker(&self) -> bool {
+        matches!(self, Request::Upgrade | Request::AddTier { .. } | Request::RemoveTier)
+    }
 }
 
 fn carry_out(exports: &Exports, desk: &Desk, request: serde_json::Result<Request>) -> Value {
@@ -56,6 +77,19 @@ fn carry_out(exports: &Exports, desk: &Desk, request: serde_json::Result<Request
             return status;
         }
         Ok(Request::Upgrade) => desk.upgrade().map_err(|e| format!("{e:#}")),
+        Ok(Request::Tiers) => {
+            let store = exports.store();
+            return json!({"ok": true, "tiers": store.tiers(), "disk": store.stats().disk});
+        }
+        Ok(Request::Empty { empty: true }) => exports.store().empty_disk().map_err(|e| e.to_string()),
+        Ok(Request::Empty { empty: false }) => exports.store().drain_disk(false).map_err(|e| e.to_string()),
+        Ok(Request::AddTier { spec }) => spec
+            .parse()
+            .and_then(|tier| change_tiers(desk, |tiers| with_tier(tiers, tier)).map_err(|e| format!("{e:#}"))),
+        Ok(Request::RemoveTier) => match exports.one_below() {
+            Some(name) => Err(format!("export '{name}' has tiers=below: remove it first")),
+            None => change_tiers(desk, without_tier).map_err(|e| format!("{e:#}")),
+        },
         Ok(Request::List) => return json!({"ok": true, "exports": exports.describe()}),
         Ok(Request::Add { spec }) => {
             spec.parse::<ExportConfig>().and_then(|config| exports.add(&config).map_err(|e| e.to_string()))
@@ -69,14 +103,19 @@ fn carry_out(exports: &Exports, desk: &Desk, request: serde_json::Result<Request
     }
 }
 
+/// Returns only what keeps it from being done.
+fn change_tiers(desk: &Desk, changed: impl FnOnce(&[TierConfig]) -> ghostswap::Result<Vec<TierConfig>>) -> Result<()> {
+    desk.change_tiers(&tiers::texts(&changed(desk.tiers())?))
+}
+
 fn serve_one(listener: &Listener, exports: &Arc<Exports>, desk: &Desk) -> std::io::Result<()> {
     let (client, _) = listener.socket.accept()?;
     client.set_read_timeout(Some(CLIENT_PATIENCE))?;
     client.set_write_timeout(Some(CLIENT_PATIENCE))?;
     let mut line = String::new();
     BufReader::new(Read::take(&client, LINE_BYTES)).read_line(&mut line)?;
-    let request = serde_json::from_str(&line);
-    if !matches!(request, Ok(Request::Upgrade)) {
+    let request = serde_json::from_str::<Request>(&line);
+    if !matches!(&request, Ok(request) if request.ends_worker()) {
         return answer(client, &carry_out(exports, desk, request));
     }
     // It takes its time, and others may come meanwhile.
@@ -115,6 +154,101 @@ fn checked(answer: Value) -> Result<Value> {
         Value::String(why) => bail!("{why}"),
         _ => Ok(answer),
     }
+}
+
+/// Has a tier below memory added.
+pub fn add_tier(path: &Path, tier: &TierConfig) -> Result<()> {
+    change_of_tiers(path, &Request::AddTier { spec: tier.to_string() })
+        .map_err(|e| anyhow!("the server serves on as it was: {e:#}"))
+}
+
+/// Has it emptied, and removed. When `ended` says so, or anything comes between, it is in use again.
+pub fn remove_tier(path: &Path, ended: &AtomicBool) -> Result<()> {
+    let used_again = |why: anyhow::Error| {
+        // Why it is not removed is what is to be told.
+        let _ = ask(path, &Request::Empty { empty: false });
+        Err(anyhow!("the tier is in use again: {why:#}"))
+    };
+    ask(path, &Request::Empty { empty: true })?;
+    let (mut asked, mut told, mut first) = (Instant::now(), Instant::now(), None);
+    loop {
+        let answer = match ask(path, &Request::Tiers) {
+            Ok(answer) => answer,
+            Err(_) if asked.elapsed() < ANSWER_PATIENCE => {
+                std::thread::sleep(LOOK_EVERY);
+                continue;
+            }
+            Err(why) => return used_again(why),
+        };
+        let bytes = |key: &str| answer["disk"][key].as_u64().unwrap_or(0);
+        let used = bytes("used_bytes");
+        if used == 0 {
+            break;
+        }
+        let all = *first.get_or_insert(used);
+        if told.elapsed() >= TELL_EVERY {
+            told = Instant::now();
+            // Whoever closed the terminal does not want to know.
+            let _ = writeln!(std::io::stderr(), "{} of {} left", format_size(used), format_size(all));
+        }
+        if ended.load(Ordering::Relaxed) {
+            return used_again(anyhow!("stopped with {} in it", format_size(used)));
+        }
+        if used <= bytes("unreadable_bytes") {
+            return used_again(anyhow!("{} cannot be read", format_size(used)));
+        }
+        if asked.elapsed() >= ASK_ANEW_EVERY {
+            asked = Instant::now();
+            if let Err(why) = ask(path, &Request::Empty { empty: true }) {
+                return used_again(why);
+            }
+        }
+        std::thread::sleep(LOOK_EVERY);
+    }
+    change_of_tiers(path, &Request::RemoveTier).or_else(used_again)
+}
+
+/// What tiers there are, to be printed.
+pub fn list_tiers(path: &Path, as_json: bool) -> Result<String> {
+    let answer = ask(path, &Request::Tiers)?;
+    let tiers = answer["tiers"].as_array().cloned().unwrap_or_default();
+    if as_json {
+        return Ok(json!({ "tiers": tiers }).to_string());
+    }
+    let mut lines = vec![format!("{:<6}{:>12}{:>12}{:>12}  {:<14}WHAT", "TIER", "LIMIT", "HELD", "LIVE", "STATE")];
+    for tier in tiers {
+        let text = |key: &str| tier[key].as_str().unwrap_or("?").to_owned();
+        let size = |key: &str| format_size(tier[key].as_u64().unwrap_or(0));
+        let (limit, held, live) = (size("limit_bytes"), size("held_bytes"), size("live_bytes"));
+        let (name, state, what) = (text("name"), text("state"), text("what"));
+        lines.push(format!("{name:<6}{limit:>12}{held:>12}{live:>12}  {state:<14}{what}"));
+    }
+    Ok(lines.join("\n"))
+}
+
+/// Asks for a change of tiers, and waits until it is done.
+fn change_of_tiers(path: &Path, request: &Request) -> Result<()> {
+    let changes = |status: &Value| status["tier_changes"].as_u64().unwrap_or(0);
+    let before = ask(path, &Request::Status)?;
+    let stream = UnixStream::connect(path).with_context(|| format!("no server listens at {}", path.display()))?;
+    if let Some(answer) = ask_at(stream, request, TIERS_PATIENCE)? {
+        checked(answer)?;
+    }
+    let begun = Instant::now();
+    while begun.elapsed() < ANSWER_PATIENCE {
+        // Nobody may be there yet, or somebody who ends.
+        let now = UnixStream::connect(path).map_err(Into::into);
+        match now.and_then(|stream| ask_at(stream, &Request::Status, ANSWER_PATIENCE)) {
+            Ok(Some(now)) if changes(&now) > changes(&before) => return Ok(()),
+            Ok(Some(now)) if now["tier_error"].is_string() => bail!("{}", now["tier_error"].as_str().unwrap_or("?")),
+            Ok(Some(now)) if now["alone"] == true => {
+                bail!("the supervisor died meanwhile; a worker serves without one")
+            }
+            // One that is so new that it does not know how it came about.
+            _ => std::thread::sleep(ASK_EVERY),
+        }
+    }
+    bail!("no news of the change after {ANSWER_PATIENCE:?}; the server's log tells more")
 }
 
 /// Has an export added or removed.

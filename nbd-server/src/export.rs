@@ -268,6 +268,18 @@ impl Exports {
         Ok(with(table))
     }
 
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// The name of an export, or a template, whose pages may lie on a tier below only.
+    pub fn one_below(&self) -> Option<String> {
+        let table = lock(&self.table);
+        let mut templates = table.templates.iter().filter(|template| template.placement == Placement::Below);
+        let mut exports = table.exports.iter().filter(|export| export.placement == Placement::Below);
+        exports.next().map(|export| export.name.clone()).or_else(|| templates.next().map(|t| t.name.clone()))
+    }
+
     pub fn all(&self) -> Vec<Arc<Export>> {
         lock(&self.table).exports.clone()
     }

@@ -1,9 +1,9 @@
 //! The NBD server without its command line: what `ghostswap-nbd`, its tests and its fuzz targets share.
 //!
 //! `supervise` keeps the arena and the listening sockets, a worker that serves and one that stands by. `control` is the
-//! socket by which exports are listed, added and removed. A connection's way: `listen` accepts it, `server` counts it
-//! and gives it a thread, `handshake` agrees on an export and a form of messages, `transmission` answers requests through
-//! one `Lane`. Below them `wire` buffers bytes, in TLS or plain, over any `transport`; `proto` alone knows the layout of
+//! socket by which exports and `tiers` are listed, added and removed. A connection's way: `listen` accepts it, `server`
+//! counts it and gives it a thread, `handshake` agrees on an export and a form of messages, `transmission` answers
+//! requests through one `Lane`. Below them `wire` buffers bytes, in TLS or plain, over any `transport`; `proto` alone knows the layout of
 //! messages; it is the library's, whose tiers speak NBD too.
 //!
 //! `connect` is no part of the server: a client that keeps a device of the kernel's nbd driver connected to one.
@@ -24,6 +24,7 @@ pub mod protect;
 pub mod pulse;
 pub mod server;
 pub mod supervise;
+pub mod tiers;
 pub mod tls;
 pub mod transmission;
 pub mod transport;

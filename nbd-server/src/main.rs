@@ -5,7 +5,7 @@
 //! a signal, 1 failure, 2 bad usage or an impossible configuration. SIGUSR1 logs the statistics.
 #![forbid(unsafe_code)]
 
-use anyhow::{Context, Result};
+use anyhow::{bail, Context, Result};
 use clap::{ArgGroup, Parser, Subcommand, ValueEnum};
 use ghostswap::config::parse_size;
 use ghostswap::{create_arena, Standby, StoreConfig, TierConfig};
@@ -13,6 +13,7 @@ use ghostswap_nbd::export::{check_table, ExportConfig, Exports};
 use ghostswap_nbd::handshake::Offer;
 use ghostswap_nbd::server::{Limits, Server};
 use ghostswap_nbd::supervise::{self, Estate, Given, Tables};
+use ghostswap_nbd::tiers::{self, Ledger};
 use ghostswap_nbd::tls::{Tls, TlsFiles};
 use ghostswap_nbd::{connect, control, listen, protect, VERSION};
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
@@ -20,6 +21,7 @@ use signal_hook::iterator::Signals;
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::atomic::AtomicBool;
 use std::sync::Arc;
 use std::time::Duration;
 use tracing::{error, info, warn};
@@ -108,6 +110,9 @@ enum Command {
     /// List the exports of a running server, or change them
     #[command(subcommand)]
     Exports(ExportsCommand),
+    /// List the tiers of a running server, or change them
+    #[command(subcommand)]
+    Tier(TierCommand),
     /// Replace a running server by the program that lies at its path now, keeping all it holds
     Upgrade {
         #[command(flatten)]
@@ -146,6 +151,56 @@ enum ExportsCommand {
         /// Its name
         name: String,
     },
+}
+
+#[derive(Subcommand)]
+enum TierCommand {
+    /// What each tier may hold and holds
+    List {
+        #[command(flatten)]
+        at: At,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Add a tier below memory, while exports are served
+    Add {
+        #[command(flatten)]
+        at: At,
+        /// As in file:/var/lib/ghostswap/cold,size=64G, block:/dev/nvme1n1p3 or nbd:nbd://192.0.2.7/cold
+        #[arg(value_parser = below)]
+        spec: TierConfig,
+    },
+    /// Empty the tier below memory and do without it from then on; ended halfway, it stays in use
+    Remove {
+        #[command(flatten)]
+        at: At,
+    },
+}
+
+/// What `tier add` can add.
+fn below(text: &str) -> std::result::Result<TierConfig, String> {
+    match text.parse()? {
+        TierConfig::Ram(_) => Err("only a tier below memory can be added: file:, block: or nbd:".into()),
+        tier => Ok(tier),
+    }
+}
+
+impl TierCommand {
+    fn run(self) -> Result<ExitCode> {
+        match self {
+            TierCommand::List { at, json } => println!("{}", control::list_tiers(&at.control, json)?),
+            TierCommand::Add { at, spec } => control::add_tier(&at.control, &spec)?,
+            TierCommand::Remove { at } => {
+                let ended = Arc::new(AtomicBool::new(false));
+                for signal in [SIGINT, SIGTERM] {
+                    signal_hook::flag::register(signal, ended.clone()).context("cannot catch signals")?;
+                }
+                control::remove_tier(&at.control, &ended)?;
+            }
+        }
+        Ok(ExitCode::SUCCESS)
+    }
 }
 
 #[derive(clap::Args)]
@@ -254,6 +309,7 @@ fn main() -> ExitCode {
         .init();
     let done = match args.command {
         Some(Command::Exports(command)) => command.run(),
+        Some(Command::Tier(command)) => command.run(),
         Some(Command::Upgrade { at }) => control::upgrade(&at.control).map(|how| {
             println!("{how}");
             ExitCode::SUCCESS
@@ -312,8 +368,14 @@ fn run(args: &Args) -> Result<ExitCode> {
 fn serve(args: &Args, given: Given) -> Result<()> {
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGUSR1]).context("cannot catch signals")?;
     let tls = args.tls()?;
+    let Given { arena, tables, listeners, trial, mut link } = given;
+    let ledger = Ledger::read(tables)?;
+    let tiers = match &trial {
+        Some(trial) => tiers::parse(trial)?,
+        None => ledger.tiers(&args.tier)?,
+    };
     let mut config = StoreConfig {
-        tiers: args.tier.clone(),
+        tiers: tiers.clone(),
         tls: Some(ghostswap::Tls::new()),
         #[cfg(feature = "s3")]
         s3: Some(ghostswap::S3::new()),
@@ -323,16 +385,34 @@ fn serve(args: &Args, given: Given) -> Result<()> {
         config.max_lanes = lanes.into();
     }
     let connections = args.max_connections.map_or(config.max_lanes + NEGOTIATING, |most| most as usize);
-    let Given { arena, tables, listeners, mut link } = given;
     let mut standby = Standby::new(config, arena)?;
     // It may be another program's.
     standby.check()?;
-    tables.latest()?.map_or(Ok(()), |table| check_table(&table))?;
+    if trial.is_some() {
+        standby.try_tier()?;
+    }
+    ledger.exports().map_or(Ok(()), |table| check_table(&table))?;
     let Some(order) = link.stand_by(&mut standby)? else { return Ok(()) };
-    let store = standby.open()?;
-    let table = tables.latest()?;
+    ledger.read_again()?;
+    if trial.is_some() {
+        ledger.change(&tiers, &args.tier)?;
+    } else if ledger.tiers(&args.tier)? != tiers {
+        bail!("the tiers were changed while this worker stood by");
+    }
+    let store = match standby.open() {
+        Err(why) if ledger.is_changing() => {
+            ledger.turn_back()?;
+            return Err(why.into());
+        }
+        opened => opened?,
+    };
+    ledger.settle()?;
+    link.desk.set_tiers(tiers);
+    let table = ledger.exports();
     let tell = move |table: String| {
-        tables.put(&table).unwrap_or_else(|e| error!("a change of exports will not outlive this process: {e}"));
+        ledger
+            .put_exports(&table)
+            .unwrap_or_else(|e| error!("a change of exports will not outlive this process: {e:#}"));
     };
     let exports = Exports::open(&store, &args.export, table.as_deref(), tell, args.knows_clients())?;
     if order.anew && table.is_some() {

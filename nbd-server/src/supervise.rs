@@ -5,7 +5,8 @@
 //!
 //! A worker is this program once more, with the same arguments; `link.rs` has the words between the two, `tables.rs`
 //! the table. It learns of the supervisor's end: then it serves on, but nobody follows it. An upgrade is a newer
-//! program's worker that gets ready, an `exec` (`handover.rs`), and then a take-over like any other. The service
+//! program's worker that gets ready, an `exec` (`handover.rs`), and then a take-over like any other; so is a change of
+//! tiers, by a worker that has them (`tiers.rs`). The service
 //! manager keeps arena and tables as well (`notify.rs`), and gives them to whom it starts next.
 //!
 //! The supervisor has one thread and waits for nobody.
@@ -47,6 +48,8 @@ const SHORT: Duration = Duration::from_secs(1);
 const STANDBY_PAUSE: Duration = Duration::from_secs(1);
 /// How long a newer program's worker may take to get ready before the upgrade is given up.
 const UPGRADE_PATIENCE: Duration = Duration::from_secs(30);
+/// The same for a worker of other tiers: a file's space may have to be taken.
+const TRIAL_PATIENCE: Duration = Duration::from_secs(120);
 /// For a worker that is replaced to answer what it was asked.
 const FAREWELL: Duration = Duration::from_secs(1);
 /// What the service manager keeps, by name.
@@ -64,6 +67,10 @@ struct Supervisor {
     standby_due: Instant,
     /// A program that is to replace this one, and its worker, which is getting ready.
     newer: Option<(File, Worker)>,
+    /// A worker of other tiers, which is getting ready.
+    trial: Option<Worker>,
+    /// It was ordered, and nobody has served since: what went wrong then, if anything.
+    changing: Option<Option<String>>,
     /// The program before this one, until a worker of this one has served.
     older: Option<File>,
     /// Since when the worker is being ended for its successor.
@@ -134,6 +141,8 @@ impl Supervisor {
             standby: None,
             standby_due: now,
             newer: None,
+            trial: None,
+            changing: None,
             older: None,
             leaving: None,
             died: None,
@@ -164,7 +173,8 @@ impl Supervisor {
 
     /// Until there is something to hear, or to do.
     fn wait(&self) -> Result<()> {
-        let children = [self.worker.as_ref(), self.standby.as_ref(), self.newer.as_ref().map(|(_, worker)| worker)];
+        let newer = self.newer.as_ref().map(|(_, worker)| worker);
+        let children = [self.worker.as_ref(), self.standby.as_ref(), newer, self.trial.as_ref()];
         let links = children.into_iter().flatten().filter(|worker| !worker.silent).map(|worker| &worker.link);
         let signals = self.signals.descriptors();
         let signals = signals.iter().map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN));
@@ -203,6 +213,10 @@ impl Supervisor {
                     self.history.upgrade_error = None;
                     self.begin_upgrade().unwrap_or_else(|error| self.refuse(&format!("{error:#}")));
                 }
+                ("tiers", list) => {
+                    self.history.tier_error = None;
+                    self.begin_trial(list).unwrap_or_else(|error| self.refuse_tiers(&format!("{error:#}")));
+                }
                 ("stuck", what) => self.kill_worker(what),
                 _ => {}
             }
@@ -211,6 +225,7 @@ impl Supervisor {
 
     fn hear_others(&mut self) {
         self.standby.iter_mut().for_each(|standby| drop(standby.hear()));
+        self.hear_trial();
         let Some((_, newer)) = &mut self.newer else { return };
         newer.hear();
         match newer.ready.as_deref() {
@@ -234,6 +249,9 @@ impl Supervisor {
         }
         if self.newer.as_ref().is_some_and(|(_, newer)| newer.since.elapsed() >= UPGRADE_PATIENCE) {
             self.drop_newer(&format!("the new program did not get ready in {UPGRADE_PATIENCE:?}"));
+        }
+        if self.trial.as_ref().is_some_and(|trial| trial.since.elapsed() >= TRIAL_PATIENCE) {
+            self.drop_trial(&format!("the new worker did not get ready in {TRIAL_PATIENCE:?}"));
         }
         if self.leaving.is_some_and(|since| since.elapsed() >= FAREWELL) {
             self.worker.iter().for_each(|worker| worker.signal(Signal::KILL));
@@ -261,6 +279,11 @@ impl Supervisor {
             self.history.upgrades += 1;
             self.history.upgrade_error = None;
             info!("upgraded to the program at {}", self.path.display());
+        }
+        if let Some(trouble) = self.changing.take() {
+            let done = self.worker.as_ref().is_some_and(|worker| worker.trial);
+            self.history.tier_changes += u64::from(done);
+            self.history.tier_error = (!done).then(|| trouble.unwrap_or_else(|| "the new worker died".into()));
         }
         if !self.kept {
             let [first, second] = self.estate.tables.descriptors();
@@ -291,6 +314,10 @@ impl Supervisor {
             warn!("the worker that stood by is gone: {why}");
             self.standby_due = Instant::now() + LONGEST_PAUSE;
         }
+        if let Some(mut trial) = self.trial.take_if(|trial| trial.pid == pid) {
+            trial.hear();
+            self.refuse_tiers(&trial.failure.unwrap_or_else(|| format!("a new worker {}", describe(status))));
+        }
         if let Some((_, newer)) = self.newer.as_mut().filter(|(_, newer)| newer.pid == pid) {
             newer.hear();
             let why = newer.failure.take().unwrap_or_else(|| describe(status));
@@ -306,6 +333,7 @@ impl Supervisor {
         let worker = self.worker.take()?;
         let now = Instant::now();
         self.drop_newer("the worker died meanwhile");
+        self.drop_trial("the worker died meanwhile: try again");
         let leaving = self.leaving.take();
         if self.ending || !self.served || leaving.is_none() && status.exit_status() == Some(0) {
             return Some(code_of(status, self.ending));
@@ -317,6 +345,9 @@ impl Supervisor {
             return None;
         }
         let why = worker.failure.unwrap_or_else(|| describe(status));
+        if let Some(trouble) = &mut self.changing {
+            *trouble = Some(why.clone());
+        }
         if let Some(older) = self.older.take().filter(|_| !worker.serves) {
             let others: Vec<Pid> = self.standby.iter().map(|standby| standby.pid).collect();
             let (path, estate, history) = (&self.path, &self.estate, &self.history);
@@ -341,7 +372,7 @@ impl Supervisor {
             self.employ()?;
         }
         let serves = self.worker.as_ref().is_some_and(|worker| worker.serves);
-        let quiet = self.newer.is_none() && self.leaving.is_none() && !self.ending;
+        let quiet = self.newer.is_none() && self.trial.is_none() && self.leaving.is_none() && !self.ending;
         if serves && quiet && self.standby.is_none() && now >= self.standby_due {
             self.standby_due = now + LONGEST_PAUSE;
             match Worker::start(Path::new(SELF), &self.estate) {
@@ -375,13 +406,55 @@ impl Supervisor {
 
     /// Has a worker of the program that lies at the path now get ready.
     fn begin_upgrade(&mut self) -> Result<()> {
-        let busy = self.newer.is_some() || self.older.is_some() || self.leaving.is_some() || self.ending;
-        ensure!(!busy, "not now: another upgrade is under way, or the server's end");
+        self.ensure_quiet()?;
         let program = ensure_program(&self.path)?;
         let newer = Worker::start(&handover::path_of(&program), &self.estate);
         let newer = newer.with_context(|| format!("{} cannot be called", self.path.display()))?;
         self.newer = Some((program, newer));
         Ok(())
+    }
+
+    fn ensure_quiet(&self) -> Result<()> {
+        let busy = self.newer.is_some() || self.older.is_some() || self.leaving.is_some() || self.ending;
+        let changing = self.trial.is_some() || self.changing.is_some();
+        ensure!(!busy && !changing, "not now: an upgrade or a change of tiers is under way, or the server's end");
+        Ok(())
+    }
+
+    /// Has a worker of other tiers get ready.
+    fn begin_trial(&mut self, list: &str) -> Result<()> {
+        self.ensure_quiet()?;
+        let tiers = serde_json::from_str(list).context("bad tiers")?;
+        self.trial = Some(Worker::start_with(Path::new(SELF), &self.estate, Some(tiers))?);
+        Ok(())
+    }
+
+    /// One that is ready takes over.
+    fn hear_trial(&mut self) {
+        let Some(trial) = &mut self.trial else { return };
+        trial.hear();
+        if trial.ready.is_none() {
+            return;
+        }
+        let before = std::mem::replace(&mut self.standby, self.trial.take());
+        before.iter().for_each(|standby| standby.signal(Signal::KILL));
+        self.changing = Some(None);
+        self.standby.iter().for_each(|standby| standby.tell("next"));
+        self.worker.iter().for_each(|worker| worker.signal(Signal::TERM));
+        self.leaving = Some(Instant::now());
+    }
+
+    fn drop_trial(&mut self, why: &str) {
+        if let Some(trial) = self.trial.take() {
+            trial.signal(Signal::KILL);
+            self.refuse_tiers(why);
+        }
+    }
+
+    fn refuse_tiers(&mut self, why: &str) {
+        warn!("the tiers are as before: {why}");
+        self.history.tier_error = Some(why.to_owned());
+        self.tell_refusal(why);
     }
 
     /// Becomes the newer program. If that fails, all is as before.
@@ -404,6 +477,10 @@ impl Supervisor {
     fn refuse(&mut self, why: &str) {
         warn!("not upgraded: {why}");
         self.history.upgrade_error = Some(why.to_owned());
+        self.tell_refusal(why);
+    }
+
+    fn tell_refusal(&self, why: &str) {
         self.tell_status();
         let line = format!("refused {}", why.replace('\n', " "));
         self.worker.iter().for_each(|worker| worker.tell(&line));

@@ -3,17 +3,19 @@
 //!
 //! ```text
 //! 0                 superblock (68 KiB): magic, version, geometry; the volumes: sizes, roots of their maps
-//! segment table     32 bytes a segment, in memory or below: where it lives, what of it is live
+//! segment table     32 bytes a segment, in memory or below: where it lives, what of it is live. There is room for
+//!                   every segment that a tier below could hold, be there one or not; resident is what is in use
 //! metadata pages    4 KiB nodes of the maps, on demand
 //! frames            bytes of the segments in memory, on demand
 //! ```
-//! Free metadata pages hang in a stack through their first word; they are zero but for it. Free
-//! frames and segment ids are kept in stacks outside the arena, since a walk rebuilds them. None of
-//! the three is trusted when an arena is opened again: what no slot and no link leads to is free.
+//! Free metadata pages hang in a stack through their first word; they are zero but for it. So do free segment ids
+//! through the upper half of their entry's first word. Free frames are kept in a stack outside the arena. None of the
+//! three is trusted when an arena is opened again: what no slot and no link leads to is free.
 //!
-//! Lock order: none here. Both stacks are lock-free with a tag against ABA.
+//! Lock order: none here. The stacks are lock-free with a tag against ABA.
 
 mod file;
+mod linked;
 #[cfg_attr(loom, path = "simulated.rs")]
 mod mapping;
 mod resident;
@@ -35,6 +37,7 @@ use crate::config::Checked;
 use crate::error::{Error, Result};
 use crate::page::{FrameNo, MetaNo, SegmentId, VolumeId, CLUSTER_PAGES, PAGE_BYTES};
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
+use linked::Linked;
 use mapping::Mapping;
 use stack::IndexStack;
 use std::os::fd::BorrowedFd;
@@ -62,12 +65,12 @@ pub(crate) struct Arena {
     map: Mapping,
     geometry: Geometry,
     at: Layout,
-    meta_head: AtomicU64,
     /// Free metadata pages, populated.
-    meta_ready: AtomicU32,
+    free_meta: Linked,
     /// Free frames, populated.
     frames: IndexStack,
-    ids: IndexStack,
+    /// Free segment ids and one, their entries populated.
+    ids: Linked,
 }
 
 impl Arena {
@@ -102,17 +105,17 @@ impl Arena {
             map,
             geometry,
             at,
-            meta_head: AtomicU64::new(0),
-            meta_ready: AtomicU32::new(0),
+            free_meta: Linked::new(),
             frames: IndexStack::new(geometry.max_frames as usize),
-            ids: IndexStack::new(geometry.max_segments as usize),
+            ids: Linked::new(),
         };
         Ok((arena, found.is_some()))
     }
 
-    /// Frames, segments and metadata pages of one that is made by this configuration.
-    pub fn wanted(c: &Checked) -> [usize; 3] {
-        Geometry::wanted(c, PAGE_BYTES).sizes()
+    /// Frames and metadata pages of one that is made by this configuration.
+    pub fn wanted(c: &Checked) -> [usize; 2] {
+        let geometry = Geometry::wanted(c, PAGE_BYTES);
+        [geometry.max_frames as usize, geometry.max_meta as usize]
     }
 
     pub fn max_frames(&self) -> u32 {
@@ -133,12 +136,16 @@ impl Arena {
 
     // --- the disk tier ------------------------------------------------------------------------
 
-    /// The disk tier that pages went to; all zero: none yet.
-    pub fn tier(&self) -> [u8; 16] {
+    /// The disk tier that pages may lie on, and its extents. None: nothing of it is below.
+    pub fn tier(&self) -> Option<([u8; 16], u32)> {
         Superblock(&self.map).tier()
     }
-    pub fn set_tier(&self, id: &[u8; 16]) {
-        Superblock(&self.map).set_tier(id);
+    pub fn set_tier(&self, id: &[u8; 16], extents: u32) {
+        Superblock(&self.map).set_tier(id, extents);
+    }
+    /// There is none any more.
+    pub fn forget_tier(&self) {
+        Superblock(&self.map).forget_tier();
     }
     /// Not zero: it is to be empty.
     pub fn drain(&self) -> &AtomicU64 {
@@ -205,46 +212,20 @@ impl Arena {
         self.node(m).iter().for_each(|w| w.store(0, Ordering::Relaxed));
     }
     pub fn meta_ready(&self) -> u32 {
-        self.meta_ready.load(Ordering::Relaxed)
+        self.free_meta.len()
     }
 
     /// A free metadata page, all zero. None: growth is behind. Within an epoch, for all but growth,
     /// which alone gives pages back.
     pub fn take_meta(&self) -> Option<MetaNo> {
-        let mut head = self.meta_head.load(Ordering::Acquire);
-        loop {
-            let top = head as u32;
-            if top == 0 {
-                return None;
-            }
-            // The page may be taken and in use by another thread by now: then this reads some
-            // word of it, and the tag makes the exchange fail.
-            let next = self.node(MetaNo(top))[0].load(Ordering::Acquire);
-            let new = (head & !0xffff_ffff).wrapping_add(1 << 32) | u64::from(next);
-            match self.meta_head.compare_exchange_weak(head, new, Ordering::AcqRel, Ordering::Acquire) {
-                Ok(_) => {
-                    self.node(MetaNo(top))[0].store(0, Ordering::Relaxed);
-                    self.meta_ready.fetch_sub(1, Ordering::Relaxed);
-                    return Some(MetaNo(top));
-                }
-                Err(now) => head = now,
-            }
-        }
+        let top = self.free_meta.pop(|top| self.node(MetaNo(top))[0].load(Ordering::Acquire))?;
+        self.node(MetaNo(top))[0].store(0, Ordering::Relaxed);
+        Some(MetaNo(top))
     }
 
     /// Puts back a page that is all zero and that nobody can reach any more.
     pub fn put_meta(&self, m: MetaNo) {
-        // Counted first: the count may run ahead of the stack but never below zero.
-        self.meta_ready.fetch_add(1, Ordering::Relaxed);
-        let mut head = self.meta_head.load(Ordering::Relaxed);
-        loop {
-            self.node(m)[0].store(head as u32, Ordering::Relaxed);
-            let new = (head & !0xffff_ffff).wrapping_add(1 << 32) | u64::from(m.0);
-            match self.meta_head.compare_exchange_weak(head, new, Ordering::AcqRel, Ordering::Relaxed) {
-                Ok(_) => return,
-                Err(now) => head = now,
-            }
-        }
+        self.free_meta.push(m.0, |next| self.node(m)[0].store(next, Ordering::Relaxed));
     }
 
     /// Makes a run of metadata pages resident and free. Growth thread only.
@@ -291,7 +272,8 @@ impl Arena {
         let frame = self.frames.pop(keep)?;
         // There are as many ids as frames and segments below together (`store/grow.rs`, wanted_ids),
         // and every segment holds one, so an id is there whenever a frame is.
-        let id = self.ids.pop(0).expect("a free segment id for every free frame");
+        let next = |top: u32| (self.segment_entry(SegmentId(top - 1))[0].load(Ordering::Acquire) >> 32) as u32;
+        let id = self.ids.pop(next).expect("a free segment id for every free frame") - 1;
         Some((SegmentId(id), FrameNo(frame)))
     }
 
@@ -300,8 +282,10 @@ impl Arena {
         self.put_frame(f);
     }
 
+    /// Whose entry's state is free, which is 0: above it in the same word stands the next free one, and one.
     pub fn put_id(&self, s: SegmentId) {
-        self.ids.push(s.0);
+        let word = &self.segment_entry(s)[0];
+        self.ids.push(s.0 + 1, |next| word.store(u64::from(next) << 32, Ordering::Relaxed));
     }
 
     pub fn put_frame(&self, f: FrameNo) {
@@ -378,6 +362,38 @@ impl Arena {
 #[cfg(all(test, loom))]
 mod models {
     use super::*;
+
+    /// The same of segment ids, whose links lie in words that their holders write as well.
+    #[test]
+    fn an_id_has_one_holder() {
+        model(Some(3), || {
+            let arena = Arc::new(Arena::simulated(64, 3, 1, 4096));
+            let held: Arc<[AtomicBool; 3]> = Arc::default();
+            let threads: Vec<_> = (0..2)
+                .map(|_| {
+                    let (arena, held) = (arena.clone(), held.clone());
+                    loom::thread::spawn(move || {
+                        let taken = [arena.take_segment(0), arena.take_segment(0)];
+                        for (s, f) in taken.iter().flatten() {
+                            assert!(!held[s.0 as usize].swap(true, Ordering::SeqCst), "id {} is held twice", s.0);
+                            // Open, and free again.
+                            arena.segment_entry(*s)[0].store(1 | u64::from(f.0) << 32, Ordering::Release);
+                            arena.segment_entry(*s)[0].store(0, Ordering::Relaxed);
+                        }
+                        for (s, f) in taken.into_iter().flatten() {
+                            held[s.0 as usize].store(false, Ordering::SeqCst);
+                            arena.put_segment(s, f);
+                        }
+                    })
+                })
+                .collect();
+            threads.into_iter().for_each(|t| t.join().expect("a model's thread ends"));
+            assert_eq!((arena.ids_ready(), arena.frames_ready()), (3, 3));
+            let mut all = [(); 4].map(|()| arena.take_segment(0).map(|(s, _)| s.0));
+            all.sort_unstable();
+            assert_eq!(all, [None, Some(0), Some(1), Some(2)]);
+        });
+    }
     use crate::sync::model;
     use std::sync::atomic::AtomicBool;
     use std::sync::Arc;

@@ -11,7 +11,7 @@
 use super::superblock::Superblock;
 use super::{Arena, Resident, SEGMENT_ENTRY_BYTES};
 use crate::error::Result;
-use crate::page::{FrameNo, MetaNo, PAGE_BYTES};
+use crate::page::{FrameNo, MetaNo, SegmentId, PAGE_BYTES};
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
@@ -128,6 +128,28 @@ impl Arena {
         self.map.populate(self.at.table_at, entries as usize * SEGMENT_ENTRY_BYTES)
     }
 
+    /// Gives the memory of the table's entries from the `known`th on back, up to the `entries`th: nothing is in
+    /// them but numbers that segments were sealed with, of which `sequence` is the greatest. Of hugetlbfs it stays.
+    pub fn give_entries_back(&self, known: u32, entries: u32, sequence: u64) {
+        let from = (self.at.table_at + known as usize * SEGMENT_ENTRY_BYTES).next_multiple_of(PAGE_BYTES);
+        let end = (self.at.table_at + entries as usize * SEGMENT_ENTRY_BYTES).next_multiple_of(PAGE_BYTES);
+        let block = Superblock(&self.map);
+        if from >= end.min(self.at.meta_at) || self.map.file().hugetlb() {
+            return;
+        }
+        // No number is given twice: what is on a disk rests on that.
+        block.sequence().fetch_max(sequence, Ordering::Release);
+        crash_point!("recovery: the table's end there");
+        if self.map.give_back(from, end.min(self.at.meta_at) - from) {
+            block.grown_ids().store(u64::from(known), Ordering::Release);
+        }
+    }
+
+    /// The greatest number that a segment was sealed with when a part of the table was given back.
+    pub fn sequence(&self) -> u64 {
+        Superblock(&self.map).sequence().load(Ordering::Acquire)
+    }
+
     /// Makes what is missing of a frame resident.
     pub fn mend_frame(&self, f: FrameNo) -> Result<()> {
         self.populate_frame(f, |_| true).map(|_| ())
@@ -145,7 +167,7 @@ impl Arena {
 
     /// Puts a segment id that is not in use among the free ones.
     pub fn adopt_id(&self, id: u32) {
-        self.ids.push(id);
+        self.put_id(SegmentId(id));
     }
 
     /// Puts a resident metadata page that nothing leads to among the free ones, whatever it holds.

@@ -10,7 +10,7 @@
 
 use super::file::ArenaFile;
 use super::superblock::{Geometry, Superblock};
-use super::{Arena, IndexStack};
+use super::{Arena, IndexStack, Linked};
 use crate::error::Result;
 use crate::page::{FrameNo, MetaNo, SegmentId, VolumeId, PAGE_BYTES};
 use crate::sync::{AtomicU32, AtomicU64};
@@ -136,10 +136,9 @@ impl Arena {
             map,
             geometry,
             at: geometry.layout(),
-            meta_head: AtomicU64::new(0),
-            meta_ready: AtomicU32::new(0),
+            free_meta: Linked::new(),
             frames: IndexStack::new(max_frames as usize),
-            ids: IndexStack::new(max_frames as usize),
+            ids: Linked::new(),
         };
         arena.grow_meta(MetaNo(1), max_meta).expect("simulated memory is there");
         for n in (0..max_frames).rev() {

@@ -8,11 +8,12 @@
 use super::file::ArenaFile;
 use super::mapping::Mapping;
 use super::scan::PAGE_TABLE_BYTES;
-use super::superblock::{Geometry, Superblock};
-use super::Spare;
+use super::superblock::{tier_of, Geometry, Superblock};
+use super::{Spare, POPULATE_STEP, SEGMENT_ENTRY_BYTES};
 use crate::config::Checked;
 use crate::error::Result;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::Ordering;
 
 /// What a page table and the page in it may take.
 const TABLE_COST: u64 = 64 << 10;
@@ -64,12 +65,52 @@ impl Waiting {
 
     /// Bytes of the segments of an arena that is one already.
     pub fn segment_bytes(&self) -> Option<usize> {
-        Geometry::found(self.map.file()).ok().flatten().map(|g| g.segment_bytes)
+        self.geometry().map(|g| g.segment_bytes)
     }
 
-    /// Frames, segments and metadata pages of an arena that is one already.
-    pub fn sizes(&self) -> Option<[usize; 3]> {
-        Geometry::found(self.map.file()).ok().flatten().map(|g| g.sizes())
+    /// Frames and metadata pages that an arena that is one already may have.
+    pub fn sizes(&self) -> Option<[usize; 2]> {
+        self.geometry().map(|g| [g.max_frames as usize, g.max_meta as usize])
+    }
+
+    /// The former alone, without asking the kernel where it is mapped.
+    pub fn frames(&self) -> Option<usize> {
+        match &self.map {
+            MaybeMapped::Mapped(map) => Some(Superblock(map).frames()),
+            MaybeMapped::File(_) => self.sizes().map(|[frames, _]| frames),
+        }
+    }
+
+    /// Table entries that were grown in an arena that is one already.
+    pub fn entries(&self) -> usize {
+        let MaybeMapped::Mapped(map) = &self.map else { return 0 };
+        Superblock(map).grown_ids().load(Ordering::Acquire) as usize
+    }
+
+    /// The tier below that it is bound to, and its extents.
+    pub fn tier(&self) -> Option<([u8; 16], u32)> {
+        match &self.map {
+            MaybeMapped::Mapped(map) => Superblock(map).tier(),
+            MaybeMapped::File(file) => self.geometry().and_then(|_| tier_of(&file.start().ok()?)),
+        }
+    }
+
+    fn geometry(&self) -> Option<Geometry> {
+        Geometry::found(self.map.file()).ok().flatten()
+    }
+
+    /// Makes the first entries of the table of an arena that another process uses resident, a step at a time, each when
+    /// `may` says so. Nothing in them changes by that.
+    pub fn populate_entries(&self, entries: usize, mut may: impl FnMut(usize) -> bool) -> Result<bool> {
+        let (MaybeMapped::Mapped(map), Some(geometry)) = (&self.map, self.geometry()) else { return Ok(true) };
+        let bytes = entries.min(geometry.max_segments as usize) * SEGMENT_ENTRY_BYTES;
+        for done in (0..bytes).step_by(POPULATE_STEP) {
+            if !may(POPULATE_STEP) {
+                return Ok(false);
+            }
+            map.populate(geometry.layout().table_at + done, POPULATE_STEP.min(bytes - done))?;
+        }
+        Ok(true)
     }
 
     /// What an arena that is one already may hold: most pages to a record, codecs.

@@ -5,9 +5,10 @@
 //!      40  most pages that a record of this arena may hold · 48 codecs in use, a bit each
 //!      56  frames ever grown · 64 metadata pages ever grown: the watermarks of hugetlbfs
 //!      72  segments that the table has room for · 80 table entries ever grown
-//!      88  16 bytes: the disk tier that pages went to, 0: none · 104 32 bytes: the key they are sealed with
+//!      88  16 bytes: the disk tier that pages may lie on, 0: none · 104 32 bytes: the key they are sealed with
 //!      136 memory limit by the configuration when 144 was set · 144 the limit in its place, 0: none
-//!      152 1: the disk tier is being drained
+//!      152 1: the disk tier is being drained · 160 extents of that tier
+//!      168 no segment was sealed with a greater number when a part of the table was given back
 //!     1024 64 of 4 bytes: extents of a tier behind a server to which writes may come late, and one; 0: none
 //!     4096 the volumes, 64 bytes each: 0 size in bytes, 0: no such volume · 32 the 8 links of its map's root
 //! ```
@@ -22,13 +23,14 @@ use crate::config::Checked;
 use crate::error::{Error, Result};
 use crate::page::{VolumeId, MAX_VOLUMES, MAX_VOLUME_BYTES, PAGE_BYTES};
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
-use crate::tier::{extents_in, NOTES};
+use crate::tier::{MAX_EXTENTS, NOTES};
 
 /// First 8 bytes of an arena.
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"GHOSTSWP");
 /// Version of an arena's layout; one of another is refused.
-pub const VERSION: u64 = 4;
+pub const VERSION: u64 = 5;
 
+const FRAMES_AT: usize = 24;
 const GROUP_AT: usize = 40;
 const CODECS_AT: usize = 48;
 const GROWN_FRAMES_AT: usize = 56;
@@ -40,7 +42,9 @@ const KEY_AT: usize = 104;
 const LIMIT_OF_AT: usize = 136;
 const LIMIT_AT: usize = 144;
 const DRAIN_AT: usize = 152;
-const FIELDS_END: usize = 160;
+const EXTENTS_AT: usize = 160;
+const SEQUENCE_AT: usize = 168;
+const FIELDS_END: usize = 176;
 /// Within the superblock's 4 KiB, which are zero where nothing is said of them. Not among the fields that an arena
 /// has before its magic.
 const LATE_AT: usize = 1024;
@@ -59,7 +63,7 @@ pub(super) struct Geometry {
     pub segment_bytes: usize,
     pub max_frames: u32,
     pub max_meta: u32,
-    /// In memory and below.
+    /// In memory and below: as many as there could be, whether there is a tier below or not.
     pub max_segments: u32,
     pub unit: usize,
 }
@@ -77,11 +81,10 @@ impl Geometry {
     /// What the configuration asks for.
     pub fn wanted(c: &Checked, unit: usize) -> Geometry {
         let max_frames = (c.limit_bytes / u64::from(c.segment_bytes)).min(u64::from(MAX_FRAMES)) as u32;
-        let below = extents_in(c.below_bytes, c.segment_bytes as usize);
         Geometry {
             segment_bytes: c.segment_bytes as usize,
             max_frames,
-            max_segments: (max_frames + below).min(MAX_FRAMES),
+            max_segments: (max_frames + MAX_EXTENTS).min(MAX_FRAMES),
             max_meta: (c.limit_bytes / PAGE_BYTES as u64).min(u64::from(MAX_META)) as u32,
             unit,
         }
@@ -124,11 +127,6 @@ impl Geometry {
         Ok(Some(g))
     }
 
-    /// Frames, segments and metadata pages.
-    pub fn sizes(&self) -> [usize; 3] {
-        [self.max_frames as usize, self.max_segments as usize, self.max_meta as usize]
-    }
-
     pub fn layout(&self) -> Layout {
         let up = |n: usize| n.div_ceil(self.unit) * self.unit;
         let table_at = up(END);
@@ -144,6 +142,18 @@ impl Geometry {
 /// the first page, all zero, has to do.
 fn nothing_after_start(file: &ArenaFile) -> Result<bool> {
     Ok(file.hugetlb() || file.next_data(START_BYTES, usize::MAX)?.is_none())
+}
+
+/// The disk tier that an arena with this start is bound to, and its extents.
+pub(super) fn tier_of(start: &[u8; START_BYTES]) -> Option<([u8; 16], u32)> {
+    let id: [u8; 16] = start[TIER_AT..TIER_AT + 16].try_into().expect("16 bytes");
+    let extents = u32::from_le_bytes(start[EXTENTS_AT..EXTENTS_AT + 4].try_into().expect("4 bytes"));
+    is_whole(&id).then_some((id, extents))
+}
+
+/// Of half an id nothing is bound: whoever bound the arena to it, or let it go, was killed on the way.
+fn is_whole(id: &[u8; 16]) -> bool {
+    id[..8] != [0; 8] && id[8..] != [0; 8]
 }
 
 /// The superblock of a mapped arena.
@@ -177,6 +187,11 @@ impl<'a> Superblock<'a> {
         (word(GROUP_AT) as usize, word(CODECS_AT))
     }
 
+    /// How many there may be.
+    pub fn frames(&self) -> usize {
+        self.0.u64_at(FRAMES_AT).load(Ordering::Relaxed) as usize
+    }
+
     pub fn grown_frames(&self) -> &'a AtomicU64 {
         self.0.u64_at(GROWN_FRAMES_AT)
     }
@@ -190,17 +205,32 @@ impl<'a> Superblock<'a> {
         self.bytes(KEY_AT)
     }
 
-    /// The disk tier that this arena's pages go to; all zero: none yet.
-    pub fn tier(&self) -> [u8; 16] {
-        self.bytes(TIER_AT)
+    /// The disk tier that this arena's pages go to, and its extents.
+    pub fn tier(&self) -> Option<([u8; 16], u32)> {
+        let id: [u8; 16] = self.bytes(TIER_AT);
+        is_whole(&id).then(|| (id, self.0.u64_at(EXTENTS_AT).load(Ordering::Acquire) as u32))
     }
 
-    /// Binds the arena to a disk tier, before anything goes there. Killed half-way it is bound
-    /// to none.
-    pub fn set_tier(&self, id: &[u8; 16]) {
-        for (at, v) in (TIER_AT..).step_by(8).zip(words(id)) {
+    /// Binds the arena to a disk tier, before anything goes there; it is bound to none. Killed half-way it still is.
+    pub fn set_tier(&self, id: &[u8; 16], extents: u32) {
+        let before = [(DRAIN_AT, 0), (EXTENTS_AT, u64::from(extents))];
+        for (at, v) in before.into_iter().chain((TIER_AT..).step_by(8).zip(words(id))) {
+            crash_point!("superblock: before a part of the tier");
             self.0.u64_at(at).store(v, Ordering::Release);
         }
+    }
+
+    /// Binds it to none: nothing is there, and nobody will look there again. The first store does it.
+    pub fn forget_tier(&self) {
+        for at in [TIER_AT, TIER_AT + 8, DRAIN_AT, EXTENTS_AT] {
+            crash_point!("superblock: before a part of the tier is forgotten");
+            self.0.u64_at(at).store(0, Ordering::Release);
+        }
+    }
+
+    /// Numbers up to this one were given to sealed segments, whatever the table says.
+    pub fn sequence(&self) -> &'a AtomicU64 {
+        self.0.u64_at(SEQUENCE_AT)
     }
 
     /// The limit that was set in the place of the configuration's, while that is the same.
@@ -298,9 +328,11 @@ mod tests {
         let map = Mapping::new(file, geometry.layout().end).unwrap();
         let block = Superblock(&map);
         block.initialise(&geometry, &[7; 32]);
-        block.set_tier(&[3; 16]);
-        assert_eq!((block.tier(), block.key()), ([3; 16], [7; 32]));
-        assert_eq!(block.limit(9), None);
+        assert_eq!(block.tier(), None);
+        block.set_tier(&[3; 16], 6);
+        assert_eq!((block.tier(), block.key()), (Some(([3; 16], 6)), [7; 32]));
+        block.sequence().store(12, Ordering::Relaxed);
+        assert_eq!((block.limit(9), block.frames()), (None, 64));
         block.set_limit(9, 7);
         block.drain().store(1, Ordering::Relaxed);
         block.late()[63].store(8, Ordering::Relaxed);
@@ -309,11 +341,12 @@ mod tests {
         assert_eq!(block.allow(1, 0b100), (4, 0b110));
         block.volume_bytes(VolumeId(1)).store(8192, Ordering::Relaxed);
         let start = map.file().start().unwrap();
+        assert_eq!(tier_of(&start), block.tier());
         assert_eq!(start[..8], *b"GHOSTSWP");
         assert_eq!((&start[88..104], &start[104..136]), (&[3; 16][..], &[7; 32][..]));
         assert_eq!(start[1024 + 63 * 4..1024 + 64 * 4], 8u32.to_le_bytes());
         let fields = [(8, VERSION), (16, 65536), (24, 64), (32, 1024), (40, 4), (48, 6), (56, 0), (72, 70)];
-        for (at, want) in fields.into_iter().chain([(136, 9), (144, 7), (152, 1)]) {
+        for (at, want) in fields.into_iter().chain([(136, 9), (144, 7), (152, 1), (160, 6), (168, 12)]) {
             assert_eq!(start[at..at + 8], want.to_le_bytes(), "at {at}");
         }
         block.root(VolumeId(1))[7].store(5, Ordering::Relaxed);
@@ -327,6 +360,8 @@ mod tests {
         assert_eq!(block.volumes().unwrap().len(), 64);
         (64..1024).for_each(|v| block.volume_bytes(VolumeId(v)).store(8192, Ordering::Relaxed));
         assert_eq!(block.volumes().unwrap().len(), MAX_VOLUMES);
+        block.forget_tier();
+        assert_eq!((block.tier(), block.drain().load(Ordering::Relaxed)), (None, 0));
         assert_eq!(Geometry::found(map.file()).unwrap(), Some(geometry));
     }
 }

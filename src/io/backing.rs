@@ -108,9 +108,13 @@ impl Backing {
         }
         check_free(&self.tier, &start[..there])?;
         if matches!(self.tier.place, Place::File(_)) {
+            let before = self.file.metadata().map_err(io)?.len();
             self.file.set_len(self.bytes).map_err(io)?;
             if self.tier.prealloc {
-                self.take_space()?;
+                self.take_space().inspect_err(|_| {
+                    // What there was room for is not to be kept from others.
+                    let _ = self.file.set_len(before);
+                })?;
             }
         }
         self.file.write_all_at(&head_of(id), 0).map_err(io)
@@ -135,8 +139,13 @@ impl Backing {
     /// Makes sure that it is the one with this identity.
     pub fn check(&self, id: &TierKey) -> Result<()> {
         let mut head = Buffer::new(BLOCK_BYTES);
-        self.file.read_exact_at(&mut head, 0).map_err(|e| bad(&self.tier, &e.to_string()))?;
-        match is_head_of(&head, id) {
+        let read = match self.file.read_exact_at(&mut head, 0) {
+            // A file that was made just now.
+            Err(e) if e.kind() == ErrorKind::UnexpectedEof => false,
+            Err(e) => return Err(bad(&self.tier, &e.to_string())),
+            Ok(()) => true,
+        };
+        match read && is_head_of(&head, id) {
             true => Ok(()),
             false => Err(bad(&self.tier, "it is not the one that this arena's pages went to")),
         }

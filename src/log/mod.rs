@@ -3,6 +3,6 @@
 
 pub(crate) mod epoch;
 pub(crate) mod policy;
-mod rebuild;
+pub(crate) mod rebuild;
 pub(crate) mod record;
 pub(crate) mod segment;

@@ -15,7 +15,7 @@
 use super::segment::{Place, Segments, BELOW, CLEANING, FREE, OPEN, RETIRED, SEALED, STATE, USED_SHIFT};
 use crate::arena::{Arena, Resident};
 use crate::error::{Error, Result};
-use crate::page::{ExtentNo, SegmentId};
+use crate::page::SegmentId;
 use std::sync::atomic::Ordering;
 
 const LIVE: u64 = (1 << USED_SHIFT) - 1;
@@ -27,19 +27,15 @@ pub(crate) struct Table {
     pub frames: Resident,
     /// One more than the highest id in use.
     pub end: u32,
+    /// How many of them are below.
+    pub below: u32,
 }
 
 impl Segments {
-    /// Checks the first `entries` of the table and sets all live bytes to zero. `below` hears of each
-    /// extent in use and says whether it can be.
-    pub fn begin_recount(
-        &self,
-        arena: &Arena,
-        entries: u32,
-        mut below: impl FnMut(ExtentNo) -> Result<()>,
-    ) -> Result<()> {
+    /// Checks the first `entries` of the table and sets all live bytes to zero.
+    pub fn begin_recount(&self, arena: &Arena, entries: u32) -> Result<()> {
         let mut frames = Resident::new(arena.max_frames());
-        let mut last = 0;
+        let mut last = arena.sequence();
         for id in 0..entries {
             let e = arena.segment_entry(SegmentId(id));
             // Those of free ones too: no number is given twice, what is on disk rests on that.
@@ -58,9 +54,8 @@ impl Segments {
                 Place::Below(x) if !matches!(state, SEALED | CLEANING | RETIRED) => {
                     return cannot_be(format!("extent {}", x.0));
                 }
-                // What is dead there is free from here on.
-                Place::Below(_) if state == RETIRED => {}
-                Place::Below(extent) => below(extent)?,
+                // What is dead there is free from here on; whether the extents can be is asked for what is live.
+                Place::Below(_) => {}
             }
         }
         // Only now that all of it was found sound is anything changed.
@@ -93,10 +88,10 @@ impl Segments {
         true
     }
 
-    /// Seals what holds live bytes and sets the rest free; `dead_below` hears of extents that it frees.
-    pub fn end_recount(&self, arena: &Arena, entries: u32, mut dead_below: impl FnMut(ExtentNo)) -> Result<Table> {
-        let (ids, frames) = (Resident::new(arena.max_segments()), Resident::new(arena.max_frames()));
-        let mut table = Table { ids, frames, end: 0 };
+    /// Seals what holds live bytes and sets the rest free.
+    pub fn end_recount(&self, arena: &Arena, entries: u32) -> Result<Table> {
+        let (ids, frames) = (Resident::new(entries), Resident::new(arena.max_frames()));
+        let mut table = Table { ids, frames, end: 0, below: 0 };
         for id in 0..entries {
             let s = SegmentId(id);
             let e = arena.segment_entry(s);
@@ -105,9 +100,6 @@ impl Segments {
             crash_point!("recovery: table partly rebuilt");
             if word & LIVE == 0 {
                 e[0].store(FREE, Ordering::Release);
-                if let (Place::Below(extent), SEALED | CLEANING) = (place, state) {
-                    dead_below(extent);
-                }
                 continue;
             }
             table.ids.set(id);
@@ -115,6 +107,7 @@ impl Segments {
             let frame = match place {
                 Place::Memory(frame) => frame,
                 Place::Below(extent) => {
+                    table.below += 1;
                     e[0].store(SEALED | BELOW | u64::from(extent.0) << 32, Ordering::Release);
                     continue;
                 }

@@ -2,7 +2,8 @@
 //! it is live; a lane or the cleaner appends to the open ones it owns.
 //!
 //! ```text
-//! entry word 0   7..0 state · 8 below: on the disk tier · 63..32 frame, or extent if below
+//! entry word 0   7..0 state · 8 below: on the disk tier · 63..32 frame, or extent if below; of a free one the next
+//!                free one and one (`arena/linked.rs`)
 //!            1   31..0 live bytes · 63..32 bytes used
 //!            2   sequence number at sealing: the age
 //!            3   31..0 when it was sealed, in seconds of the host's running · 32 cold: compressed again ·
@@ -94,12 +95,17 @@ pub(crate) struct Open {
 }
 
 impl Segments {
-    pub fn new(max_segments: u32) -> Segments {
-        Segments {
-            sequence: AtomicU64::new(1),
-            retired: (0..max_segments.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
-            retired_any: AtomicU64::new(0),
-        }
+    /// Of a store whose segments' ids are all below `ids`: those of the frames and extents that it has.
+    pub fn new(ids: u32) -> Segments {
+        let mut segments =
+            Segments { sequence: AtomicU64::new(1), retired: Box::new([]), retired_any: AtomicU64::new(0) };
+        segments.make_room(ids);
+        segments
+    }
+
+    /// The same, once it is known. Nothing was retired yet.
+    pub fn make_room(&mut self, ids: u32) {
+        self.retired = (0..ids.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
     }
 
     pub fn open(&self, arena: &Arena, keep: u32, kind: Kind, age_s: u32) -> Option<Open> {

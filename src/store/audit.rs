@@ -46,8 +46,8 @@ fn same(wrong: &mut String, what: &str, claimed: u64, counted: u64) {
 
 /// Pages by kind and live bytes. Returns the metadata pages in use.
 fn maps(s: &Shared, resident: &Resident, wrong: &mut String) -> std::result::Result<u64, String> {
-    let mut live = vec![0u64; s.arena.max_segments() as usize];
-    let mut pages = Pages::default();
+    let mut live = vec![0u64; s.known.load(Ordering::Acquire) as usize];
+    let (mut pages, mut unknown) = (Pages::default(), 0);
     let mut reached = Reached::new(&s.arena, false);
     let volumes = *s.volumes.lock().unwrap_or_else(PoisonError::into_inner);
     let claimed_nodes = s.map.nodes.load(Ordering::Relaxed);
@@ -58,7 +58,10 @@ fn maps(s: &Shared, resident: &Resident, wrong: &mut String) -> std::result::Res
             pages.count(word);
             held += cost(word);
             if let Kind::Stored(at) = word.kind() {
-                live[at.segment.0 as usize] += u64::from(at.share);
+                match live.get_mut(at.segment.0 as usize) {
+                    Some(live) => *live += u64::from(at.share),
+                    None => unknown += 1,
+                }
             }
             word
         };
@@ -68,9 +71,10 @@ fn maps(s: &Shared, resident: &Resident, wrong: &mut String) -> std::result::Res
     }
     for (id, live) in live.iter().enumerate() {
         let id = id as u32;
-        let claimed = if id < s.known.load(Ordering::Acquire) { s.segments.live(&s.arena, SegmentId(id)) } else { 0 };
+        let claimed = s.segments.live(&s.arena, SegmentId(id));
         same(wrong, &format!("live bytes of segment {id}"), u64::from(claimed), *live);
     }
+    same(wrong, "pages in segments that are not known", 0, unknown);
     let sum = |f: fn(&Counters) -> &AtomicI64| s.counters.iter().map(|c| f(c).load(Ordering::Relaxed)).sum::<i64>();
     same(wrong, "stored pages", sum(|c| &c.stored_pages) as u64, pages.stored as u64);
     same(wrong, "filled pages", sum(|c| &c.filled_pages) as u64, pages.filled as u64);

@@ -220,6 +220,13 @@ impl Mover {
         s.lower.as_ref().is_some_and(|lower| lower.claim() && self.bring_up(&s, lower, mostly_dead))
     }
 
+    /// The same.
+    #[cfg(feature = "crash-points")]
+    pub fn drain_now(&mut self) -> bool {
+        let s = self.shared.clone();
+        s.lower.as_ref().is_some_and(|lower| lower.claim() && self.bring_up(&s, lower, |_| true))
+    }
+
     /// False: nothing could be moved. While segments are written, the next ones are sealed.
     fn move_some(&mut self, s: &Shared, lower: &Lower, order: Order) -> bool {
         if !self.is_ours(lower) {

@@ -4,6 +4,7 @@
 //! where a signal ends it, and never in the kernel's allocator (`arena/spare.rs`).
 
 use super::append::kept_by_lanes;
+use super::recover::most_ids;
 use super::Shared;
 use crate::arena::{host_memory, host_seconds, Resident, Spare};
 use crate::config::Checked;
@@ -34,12 +35,12 @@ pub(super) fn known_segments(s: &Shared) -> u32 {
 }
 
 /// Ids that there must be, so that whoever finds a free frame finds an id: one for every frame and one that
-/// is being added. Above a disk all of them, at once: the mover frees memory, so it must not wait for the
+/// is being added. Above a disk those of all its extents, at once: the mover frees memory, so it must not wait for the
 /// memory of a table entry. (32 bytes for each segment that the disk can hold.)
 pub(super) fn wanted_ids(s: &Shared) -> u32 {
     match s.lower {
-        Some(_) => s.arena.max_segments(),
-        None => (s.held_frames.load(Ordering::Acquire) + 1).min(s.arena.max_segments()),
+        Some(_) => most_ids(&s.arena, s.lower.as_ref()),
+        None => (s.held_frames.load(Ordering::Acquire) + 1).min(s.arena.max_frames()),
     }
 }
 

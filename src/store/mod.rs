@@ -14,6 +14,7 @@
 //! takes its own of `quiet` for a step and nothing else within. `changing` is taken alone.
 
 mod append;
+mod attach;
 mod audit;
 mod charge;
 mod clean;
@@ -45,14 +46,15 @@ pub use steps::Steps;
 use crate::arena::{create_arena, host_seconds, Arena, Waiting};
 use crate::config::{Checked, StoreConfig};
 use crate::error::{Error, Result};
-use crate::io::{Medium, BLOCK_BYTES};
+use crate::io::Medium;
 use crate::log::epoch::Epochs;
 use crate::log::segment::Segments;
 use crate::map::{Kind, Map, Slot};
 use crate::page::{Placement, VolumeId, MAX_VOLUMES, PAGE_BYTES};
 use crate::stats::Stats;
-use crate::tier::{extents_in, Lower};
+use crate::tier::Lower;
 use crate::volume::Volume;
+use attach::{attach, New};
 use charge::Charges;
 use cold::Unpacking;
 use recover::Found;
@@ -289,7 +291,9 @@ impl Store {
     /// open (it would give up the lock that keeps a second process out; see `arena/file.rs`).
     ///
     /// The arena keeps the geometry it was made with. The configuration may differ in all but a
-    /// `segment_bytes` that is given; a limit above that of the arena's first store is cut to it.
+    /// `segment_bytes` that is given; a limit above that of the arena's first store is cut to it. A tier
+    /// below memory may be added; it may be left out, or be another, once nothing of the arena lies there (see
+    /// [`Store::drain_disk`]). One behind a server is replaced by opening the arena once without it.
     /// An arena that cannot be opened is refused with [`Error::BadArena`] and keeps what it holds.
     ///
     /// No more memory is asked for here than the walk over an arena found needs. Growth, and the
@@ -456,12 +460,22 @@ fn check_volume_bytes(bytes: u64) -> Result<()> {
 }
 
 /// Everything but the threads. True: the arena was empty.
-fn build(mut config: Checked, waiting: Waiting, medium: Option<Medium>) -> Result<(Arc<Shared>, grow::Growth, bool)> {
+fn build(
+    mut config: Checked,
+    waiting: Waiting,
+    medium: Option<Medium>,
+    new: Option<New>,
+) -> Result<(Arc<Shared>, grow::Growth, bool)> {
     let begun = Instant::now();
     let (arena, found) = Arena::open(&mut config, waiting)?;
-    let (map, segments) = (Map::new(), Segments::new(arena.max_segments()));
-    let lower = medium.map(|medium| attach(&config, &arena, medium)).transpose()?;
-    let what = if found { recover::recover(&arena, &segments, &map, lower.as_ref())? } else { Found::nothing(&arena) };
+    let (map, mut segments) = (Map::new(), Segments::new(0));
+    let (what, lower) = if found {
+        recover::recover(&arena, &mut segments, &map, |below| attach(&config, &arena, medium, new, below))?
+    } else {
+        let lower = attach(&config, &arena, medium, new, 0)?;
+        segments.make_room(recover::most_ids(&arena, lower.as_ref()));
+        (Found::nothing(&arena), lower)
+    };
     if found {
         let (count, volumes) = (what.pages.stored + what.pages.filled + what.pages.zero, what.volumes);
         tracing::info!("took up an arena: {volumes} volumes, {count} pages, in {:?}", begun.elapsed());
@@ -470,38 +484,4 @@ fn build(mut config: Checked, waiting: Waiting, medium: Option<Medium>) -> Resul
     shared.clock_s.store(host_seconds()?, Ordering::Relaxed);
     let growth = grow::Growth::new(shared.clone(), what.frames, what.meta, found);
     Ok((shared, growth, !found))
-}
-
-/// Binds a disk tier to the arena, or finds that it is bound to it already.
-fn attach(config: &Checked, arena: &Arena, medium: Medium) -> Result<Lower> {
-    let room = arena.max_segments() - arena.max_frames();
-    if room == 0 {
-        return Err(Error::BadArena("it was made without a disk tier: take the pages out and make a new one".into()));
-    }
-    let mut id = arena.tier();
-    // Half of one: the store that made it was killed before it used it.
-    let fresh = id[..8] == [0; 8] || id[8..] == [0; 8];
-    // None: as many as the arena was made for.
-    let bytes = medium.bytes(fresh)?;
-    let extents = bytes.map_or(u32::MAX, |bytes| extents_in(bytes, arena.segment_bytes())).min(room);
-    if fresh {
-        medium.claim()?;
-        id = crate::arena::random()?;
-        medium.initialise(&id, bytes.unwrap_or(0))?;
-        arena.set_tier(&id);
-    } else if medium.remote().is_none() {
-        // Pages are read from it at once; the mover claims it before it writes.
-        medium.check(&id)?;
-    }
-    let encrypt = config.below.as_ref().is_none_or(|tier| tier.encrypt);
-    let lower = Lower::new(medium, id, encrypt.then_some(&arena.key()), extents, arena.segment_bytes());
-    if let Some(remote) = lower.medium.remote() {
-        // A server that is away, or another, keeps no store from going on with what is in memory. Its carriers look
-        // whose it is on each connection.
-        remote.bind(&id, BLOCK_BYTES as u64 + u64::from(extents) * lower.extent_bytes(), lower.extent_bytes());
-        remote.serve();
-        lower.find_late(arena);
-    }
-    lower.claimed.store(fresh, Ordering::Relaxed);
-    Ok(lower)
 }

@@ -10,15 +10,18 @@
 //! 2. live bytes are set to zero (`log/rebuild.rs`);
 //! 3. the maps are walked, thawed and pruned, pages and live bytes counted (`map/rebuild.rs`);
 //! 4. segments with live bytes are sealed, all others set free;
-//! 5. resident memory that nobody reached is free: zeroed if it is metadata, given back if torn.
+//! 5. the tier below is attached, or let go if nothing lies there (`attach.rs`), and its extents noted;
+//! 6. resident memory that nobody reached is free: zeroed if it is metadata, given back if torn.
 //!
 //! Killed at any point, the walk is done again from the start: no step takes away what a later one
 //! of a second try needs (the argument stands in docs/ARCHITECTURE.md). An arena that cannot be is
-//! refused before 2 or within 3, where nothing but the in-between is changed.
+//! refused before 2 or within 3, where nothing but the in-between is changed; one without its tier within 5, where it is
+//! as a recovery leaves it that was killed there.
 
 use super::charge::cost;
 use crate::arena::{Arena, Residency, Resident};
 use crate::error::{Error, Result};
+use crate::log::rebuild::Table;
 use crate::log::segment::{Place, Segments};
 use crate::map::{walk, Kind, Map, Reached, Slot, LOST};
 use crate::page::{FrameNo, MetaNo, SegmentId, VolumeId};
@@ -76,22 +79,29 @@ impl Found {
 /// Heap that taking up an arena of so many frames, segments and metadata pages needs at most at a time: its
 /// free lists, the bits of what is found, and some for what has one size in every arena.
 pub(super) fn heap_bytes([frames, segments, meta]: [usize; 3]) -> usize {
-    // Resident, torn, seen in the table twice; in use, in the table, retired, two of the disk's; resident, reached.
+    // Resident, torn, seen in the table twice; in use, retired, three of the disk's; resident, reached.
     let bits = 4 * frames + 5 * segments + 2 * meta;
-    4 * (frames + segments) + bits / 8 + (64 << 10)
+    4 * frames + bits / 8 + (64 << 10)
 }
 
-/// Walks an arena and rebuilds everything that is not in it.
-pub(super) fn recover(arena: &Arena, segments: &Segments, map: &Map, lower: Option<&Lower>) -> Result<Found> {
+/// Ids that a store on this arena needs: one for each frame and extent.
+pub(super) fn most_ids(arena: &Arena, lower: Option<&Lower>) -> u32 {
+    (arena.max_frames() + lower.map_or(0, Lower::extents)).min(arena.max_segments())
+}
+
+/// Walks an arena and rebuilds everything that is not in it. `attach` hears how many segments are below.
+pub(super) fn recover(
+    arena: &Arena,
+    segments: &mut Segments,
+    map: &Map,
+    attach: impl FnOnce(u32) -> Result<Option<Lower>>,
+) -> Result<(Found, Option<Lower>)> {
     let volumes = arena.volumes()?;
     let mut there = arena.residency()?;
     let entries = there.entries;
     crash_point!("recovery: resident");
     mend(arena, segments, &mut there)?;
-    segments.begin_recount(arena, entries, |extent| match lower {
-        Some(lower) => lower.found(extent),
-        None => Err(Error::BadArena("pages of it are on a disk tier: open it with that tier".into())),
-    })?;
+    segments.begin_recount(arena, entries)?;
     let mut pages = Pages::default();
     let mut reached = Reached::new(arena, true);
     let mut held_bytes = vec![0; volumes.len()];
@@ -111,12 +121,16 @@ pub(super) fn recover(arena: &Arena, segments: &Segments, map: &Map, lower: Opti
     if pages.lost > 0 {
         tracing::error!("{} pages are lost: their slots named segments that cannot be", pages.lost);
     }
-    let table =
-        segments.end_recount(arena, entries, |extent| lower.into_iter().for_each(|lower| lower.give(extent)))?;
-    let needed = if lower.is_some() { arena.max_segments() } else { there.frames.count() };
+    let table = segments.end_recount(arena, entries)?;
+    crash_point!("recovery: table rebuilt");
+    let lower = attach(table.below)?;
+    note_extents(arena, segments, &table, lower.as_ref())?;
+    let needed = if lower.is_some() { most_ids(arena, lower.as_ref()) } else { there.frames.count() };
     let known = table.end.max(needed);
     arena.populate_entries(known)?;
-    crash_point!("recovery: table rebuilt");
+    arena.give_entries_back(known, entries, segments.next_sequence() - 1);
+    // One that was in use may have a greater number than any that this store makes.
+    segments.make_room(known.max(most_ids(arena, lower.as_ref())));
     // The lowest come out first.
     (0..known).rev().filter(|id| !table.ids.has(*id)).for_each(|id| arena.adopt_id(id));
     there.frames.descending().filter(|f| !table.frames.has(*f)).for_each(|f| arena.adopt_frame(FrameNo(f)));
@@ -125,7 +139,19 @@ pub(super) fn recover(arena: &Arena, segments: &Segments, map: &Map, lower: Opti
         arena.drop_torn_frame(FrameNo(f));
     }
     there.meta.descending().filter(|m| !reached.pages.has(*m)).for_each(|m| arena.adopt_meta(MetaNo(m + 1)));
-    Ok(Found { frames: there.frames, meta: there.meta, known, pages, volumes: volumes.len(), held_bytes })
+    let found = Found { frames: there.frames, meta: there.meta, known, pages, volumes: volumes.len(), held_bytes };
+    Ok((found, lower))
+}
+
+/// Tells the tier which of its extents are in use.
+fn note_extents(arena: &Arena, segments: &Segments, table: &Table, lower: Option<&Lower>) -> Result<()> {
+    let Some(lower) = lower else { return Ok(()) };
+    for id in (0..table.end).filter(|id| table.ids.has(*id)) {
+        if let Place::Below(extent) = segments.place(arena, SegmentId(id)) {
+            lower.found(extent)?;
+        }
+    }
+    Ok(())
 }
 
 /// A frame in use is resident as a whole. Should a part be gone (somebody else punched the file),

@@ -5,6 +5,7 @@
 //! find none. What opening needs is therefore there already: the mapping and its page tables, the
 //! threads with their stacks, heap enough for what is made from the walk.
 
+use super::attach::New;
 use super::demote::{Mover, Tools};
 use super::fetch::most_bytes;
 use super::recover::heap_bytes;
@@ -12,17 +13,22 @@ use super::{build, clean, Owner, Store};
 use crate::arena::{host_memory, Arena, Spare, Waiting};
 use crate::codec::Codec;
 use crate::config::{Checked, StoreConfig};
-use crate::error::{system, Result};
+use crate::error::{system, Error, Result};
 use crate::io::Medium;
 use crate::page::PAGE_BYTES;
+use crate::tier::extents_in;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{JoinHandle, Thread};
+use std::time::{Duration, Instant};
 
 /// Stack of a background thread: a front end makes all of it resident, so no more than needed.
 const STACK_BYTES: usize = 96 << 10;
 /// What rehearsing anew may take.
 const REHEARSAL_COST: u64 = 4 << 20;
+/// How long a tier that is being tried waits for memory, and what it leaves to others.
+const MEMORY_PATIENCE: Duration = Duration::from_secs(10);
+const SPARE_MARGIN: u64 = 1 << 20;
 
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -34,6 +40,10 @@ pub struct Standby {
     growth: Idle,
     cleaner: Idle,
     below: Option<(Medium, Tools, Idle)>,
+    /// The tier, if the arena does not know it and it was made one already.
+    new: Option<New>,
+    /// Segments that a take-over was rehearsed with.
+    rehearsed: usize,
 }
 
 impl Standby {
@@ -48,7 +58,7 @@ impl Standby {
             config.below_bytes = medium.bytes(waiting.segment_bytes().is_none())?.unwrap_or(0);
         }
         (config.group_pages_seen, config.codecs_seen) = with(&config, waiting.seen());
-        rehearse(&config, &waiting);
+        let rehearsed = rehearse(&config, &waiting, 0);
         let with_tools = |medium| {
             // Of an arena that is there already the segments may have another size than is asked for.
             let segment_bytes = waiting.segment_bytes().unwrap_or(config.segment_bytes as usize);
@@ -60,17 +70,54 @@ impl Standby {
             spare: Spare::new(),
             growth: Idle::start(&config, "growth")?,
             cleaner: Idle::start(&config, "cleaner")?,
+            new: None,
+            rehearsed,
             config,
         })
     }
 
+    /// Makes sure that a tier below which the arena, in use by another process, does not know yet can be added to it,
+    /// and gets ready for that: the tier is taken and made one, and the arena's table has the memory for its extents. So
+    /// [`Standby::open`] finds as little to wait for as with a tier that was there before. May wait for a server, for a
+    /// file's space, and up to ten seconds for memory.
+    pub fn try_tier(&mut self) -> Result<()> {
+        let Some((medium, ..)) = &self.below else { return Ok(()) };
+        if let Some((id, _)) = self.waiting.tier() {
+            return if medium.remote().is_some() { Ok(()) } else { medium.check(&id) };
+        }
+        let segment_bytes = self.waiting.segment_bytes().unwrap_or(self.config.segment_bytes as usize);
+        let new = New::make(medium, segment_bytes)?;
+        let frames = self.waiting.sizes().map_or(0, |[frames, _]| frames);
+        let (spare, begun) = (&mut self.spare, Instant::now());
+        let may = |bytes: usize| loop {
+            if spare.bytes() > bytes as u64 + SPARE_MARGIN {
+                return true;
+            }
+            if begun.elapsed() > MEMORY_PATIENCE {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        };
+        if !self.waiting.populate_entries(frames + new.extents as usize, may)? {
+            let why = "there is no memory for the table of its extents at this time".into();
+            return Err(Error::BadTier { tier: medium.to_string(), why });
+        }
+        self.rehearsed = rehearse(&self.config, &self.waiting, new.extents);
+        self.new = Some(new);
+        Ok(())
+    }
+
     /// Follows the growth of the arena. To be called a few times a second; waits for nothing.
     pub fn keep_up(&mut self) -> Result<()> {
-        // Pages are compressed again by now: reading them takes more.
+        // Pages are compressed again by now: reading them takes more. Or the arena was bound to a tier.
+        let new = self.new.map_or(0, |new| new.extents);
+        let segments = segments(&self.config, &self.waiting, new);
         let seen = with(&self.config, self.waiting.seen());
-        if seen != (self.config.group_pages_seen, self.config.codecs_seen) && self.spare.bytes() > REHEARSAL_COST {
+        if (seen != (self.config.group_pages_seen, self.config.codecs_seen) || segments > self.rehearsed)
+            && self.spare.bytes() > REHEARSAL_COST
+        {
             (self.config.group_pages_seen, self.config.codecs_seen) = seen;
-            rehearse(&self.config, &self.waiting);
+            self.rehearsed = rehearse(&self.config, &self.waiting, new);
         }
         self.waiting.keep_up(&mut self.spare)
     }
@@ -95,7 +142,7 @@ impl Standby {
     /// Opens the store; see [`Store::open_arena`].
     pub fn open(self) -> Result<Store> {
         let (medium, below) = self.below.map(|(medium, tools, idle)| (medium, (tools, idle))).unzip();
-        let (shared, mut growth, fresh) = build(self.config, self.waiting, medium)?;
+        let (shared, mut growth, fresh) = build(self.config, self.waiting, medium, self.new)?;
         if fresh {
             // The first reserve is there before the first request. An arena that was found has what
             // is left of its own, and its pages may be waited for: growth must not delay them.
@@ -121,17 +168,32 @@ fn with(config: &Checked, seen: Option<(usize, u64)>) -> (usize, u64) {
     (config.group_pages_seen.max(group_pages), config.codecs_seen | codecs)
 }
 
-/// Takes from the allocator what opening will take, and gives it back: it stays in the heap.
-fn rehearse(config: &Checked, waiting: &Waiting) {
+/// Ids of the store that would be opened now. `extents`: of a tier that the arena does not know yet.
+fn segments(config: &Checked, waiting: &Waiting, extents: u32) -> usize {
+    let frames = waiting.frames().unwrap_or_else(|| Arena::wanted(config)[0]);
+    // With the tier that there is, or will be. Entries may be more: of a tier that there was.
+    let extents = match (&config.below, waiting.tier()) {
+        (None, _) => 0,
+        (Some(_), Some((_, extents))) => extents,
+        (Some(_), None) => extents.max(extents_in(config.below_bytes, config.segment_bytes as usize)),
+    };
+    (frames + extents as usize).max(waiting.entries())
+}
+
+/// Takes from the allocator what opening will take, and gives it back: it stays in the heap. Returns `segments`.
+fn rehearse(config: &Checked, waiting: &Waiting, extents: u32) -> usize {
     // Of each lane and of those who clean, compress again and move: what a record is made in, and what a group is
     // decoded to.
     let room = vec![0xa5u8; (2 * config.max_lanes + 7) * config.group_pages_seen * PAGE_BYTES];
     // There are such pages: the one who makes them is made at once.
     let again = config.cold.filter(|cold| config.codecs_seen & cold.codec.bit() != 0);
     let again = again.map(|cold| Codec::new(cold.codec, config.codecs_seen));
-    let lists = vec![0xa5u8; heap_bytes(waiting.sizes().unwrap_or_else(|| Arena::wanted(config)))];
+    let [frames, meta] = waiting.sizes().unwrap_or_else(|| Arena::wanted(config));
+    let segments = segments(config, waiting, extents);
+    let lists = vec![0xa5u8; heap_bytes([frames, segments, meta])];
     let codecs: Vec<Codec> = (0..=config.max_lanes).map(|_| Codec::new(config.codec, config.codecs_seen)).collect();
     drop(std::hint::black_box((lists, room, again, codecs)));
+    segments
 }
 
 /// A background thread that was started and has nothing to do yet. It waits for its job at a

@@ -26,7 +26,7 @@ impl Steps {
         if let Some(medium) = &medium {
             config.below_bytes = medium.bytes(waiting.segment_bytes().is_none())?.unwrap_or(0);
         }
-        let (shared, growth, _) = build(config, waiting, medium)?;
+        let (shared, growth, _) = build(config, waiting, medium, None)?;
         let cleaner = Cleaner::new(shared.clone(), Spare::new());
         let tools = shared.lower.is_some().then(|| Tools::new(shared.arena.segment_bytes())).transpose()?;
         let mover = tools.map(|tools| Mover::new(shared.clone(), tools));
@@ -59,6 +59,11 @@ impl Steps {
     /// The oldest sealed segments down, whether memory is short or not. True: some went.
     pub fn demote(&mut self) -> bool {
         self.mover.as_mut().is_some_and(Mover::move_now)
+    }
+
+    /// One extent emptied, however much of it is live. True: one was.
+    pub fn drain(&mut self) -> bool {
+        self.mover.as_mut().is_some_and(Mover::drain_now)
     }
 
     /// One extent compacted, whether they are short or not.

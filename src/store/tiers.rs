@@ -108,6 +108,19 @@ impl Store {
         Ok(())
     }
 
+    /// The same, unless what lies there does not fit into memory.
+    pub fn empty_disk(&self) -> Result<()> {
+        let s = self.shared();
+        disk(s)?;
+        let (needed, limit) = (limit_with_all(s), s.limit_bytes());
+        if needed > limit {
+            let text = format_size;
+            let why = format!("what lies there does not fit into memory: {} of {}", text(needed), text(limit));
+            return Err(Error::InvalidConfig(why));
+        }
+        self.drain_disk(true)
+    }
+
     /// Has what was written at least `idle_s` seconds ago moved to the disk tier, whether memory is short
     /// or not. It is over when [`Store::stats`] says so.
     pub fn write_back(&self, idle_s: u32) -> Result<()> {
@@ -136,15 +149,28 @@ pub(super) fn hot_limit(s: &Shared) -> u64 {
     (s.config.hot_bytes + s.limit_bytes()).saturating_sub(s.config.limit_bytes)
 }
 
-/// What is live, an eighth more that cleaning does not get at, what lanes leave to others and metadata,
-/// less what may go down.
+/// What the limit cannot be below: with what is live in memory, less what may go down.
 fn least_limit(s: &Shared) -> u64 {
+    let below = u64::from(s.room_below()) * s.arena.segment_bytes() as u64;
     let in_memory = |id: &SegmentId| matches!(s.segments.place(&s.arena, *id), Place::Memory(_));
+    with_cleaning(s, in_memory).saturating_sub(below) + fixed(s)
+}
+
+/// The same, with all that is live, wherever it lies, and nothing below.
+fn limit_with_all(s: &Shared) -> u64 {
+    with_cleaning(s, |_| true) + fixed(s)
+}
+
+/// What is live of some segments, and an eighth more that cleaning does not get at.
+fn with_cleaning(s: &Shared, of: impl Fn(&SegmentId) -> bool) -> u64 {
     let known = (0..grow::known_segments(s)).map(SegmentId);
-    let live: u64 = known.filter(in_memory).map(|id| u64::from(s.segments.live(&s.arena, id))).sum();
-    let segment = s.arena.segment_bytes() as u64;
-    let below = u64::from(s.room_below()) * segment;
+    let live: u64 = known.filter(of).map(|id| u64::from(s.segments.live(&s.arena, id))).sum();
+    live + live / 8
+}
+
+/// Metadata, and what lanes leave to others.
+fn fixed(s: &Shared) -> u64 {
     let metadata = u64::from(s.held_meta.load(Ordering::Relaxed)) * crate::PAGE_BYTES as u64;
     let frames = u64::from(grow::least_reserve(&s.config)) + s.config.max_lanes as u64;
-    (live + live / 8).saturating_sub(below) + metadata + frames * segment
+    metadata + frames * s.arena.segment_bytes() as u64
 }

@@ -30,11 +30,12 @@ use std::time::{Duration, Instant};
 /// Extents that a place of so many bytes has, for segments of so many.
 pub(crate) fn extents_in(bytes: u64, segment_bytes: usize) -> u32 {
     let blocks = (bytes / BLOCK_BYTES as u64).saturating_sub(1);
-    (blocks / segment_bytes.div_ceil(PAYLOAD) as u64).min(MAX_EXTENTS) as u32
+    (blocks / segment_bytes.div_ceil(PAYLOAD) as u64).min(MAX_EXTENTS.into()) as u32
 }
 
-/// Segments have numbers of 24 bits, and those in memory need some too.
-const MAX_EXTENTS: u64 = 1 << 23;
+/// Segments have numbers of 24 bits, and those in memory need some too. Every arena has room in its table for so many:
+/// 256 MiB of address space, of which only what is used is memory.
+pub(crate) const MAX_EXTENTS: u32 = 1 << 23;
 
 /// A disk that takes so long to answer is slow, and for how long after that.
 const LONG_WAIT: Duration = Duration::from_millis(500);

@@ -8,12 +8,14 @@
 
 use crate::board::Shared;
 use crate::cli::Add;
-use crate::control::{self, Answer, Request};
+use crate::control::{self, Answer, Request, TierChange};
 use crate::heir::{self, Heritage};
 use crate::shortage::Shortage;
+use crate::supervise::{text_of, tiers_of};
 use crate::windows::{self, Keeper};
 use crate::{daemon, log, protect, signals};
 use anyhow::{Context, Result};
+use ghostswap::config::{with_tier, without_tier, TierConfig};
 use serde_json::{json, Value};
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -35,6 +37,8 @@ const SYSRQ: &str = "/proc/sysrq-trigger";
 struct Agent {
     path: PathBuf,
     shared: Arc<Shared>,
+    /// The command line's tiers.
+    tiers: Vec<TierConfig>,
     keeper: Arc<Mutex<Keeper>>,
     shortage: Shortage,
     /// Refusals for this long cost a victim; zero: they do not.
@@ -88,6 +92,7 @@ pub fn run(
     let mut agent = Agent {
         path: path.into(),
         shared,
+        tiers: add.tiers.clone(),
         keeper,
         shortage: Shortage::default(),
         oom_after: Duration::from_secs(add.oom_after.into()),
@@ -172,9 +177,27 @@ impl Agent {
         if let (Some(device), Some(report)) = (&mut answer.device, &mut answer.report) {
             let (value, line) = supervision(&self.shared);
             device["supervisor"] = value;
+            let (order, error) = self.shared.tiers_done();
+            device["tier_change"] = json!({"order": order, "error": error});
             line.into_iter().for_each(|line| *report = format!("{line}\n{report}"));
         }
         answer
+    }
+
+    /// Passes it on to the supervisor, which does it by a take-over.
+    fn change_tiers(
+        &self,
+        order: u64,
+        changed: impl FnOnce(&[TierConfig]) -> ghostswap::Result<Vec<TierConfig>>,
+    ) -> Answer {
+        if self.shared.tiers_wanted().0 == order {
+            return Answer::done();
+        }
+        match changed(&tiers_of(&self.shared, &self.tiers)) {
+            Ok(tiers) if self.shared.ask_tiers(&text_of(&tiers), order) => Answer::done(),
+            Ok(_) => Answer::refusal("the tiers' description is too long"),
+            Err(e) => Answer::refusal(e.to_string()),
+        }
     }
 
     fn ask_worker(&self, text: &str) -> Answer {
@@ -207,6 +230,14 @@ impl Agent {
                     false => Answer::refusal("the program's path is too long or not UTF-8"),
                 }
             }
+            Request::Tier { what: TierChange::Add { spec, order } } => {
+                let tier = spec.parse::<TierConfig>();
+                return self.change_tiers(order, |tiers| match tier {
+                    Ok(tier) => with_tier(tiers, tier),
+                    Err(why) => Err(ghostswap::Error::InvalidConfig(why)),
+                });
+            }
+            Request::Tier { what: TierChange::Remove { order } } => return self.change_tiers(order, without_tier),
             for_the_worker @ (Request::Resize { .. }
             | Request::Recompress
             | Request::WriteBack { .. }

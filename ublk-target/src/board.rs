@@ -9,7 +9,8 @@
 //!
 //! * beats: counted up by the worker's I/O threads; the supervisor looks whether they go on;
 //! * mail: one request of the agent to the worker at a time, and its answer;
-//! * an order of the agent to the supervisor: the program to upgrade to;
+//! * orders of the agent to the supervisor: the program to upgrade to, other tiers;
+//! * the tiers, as the arena was opened last (`supervise/change.rs`);
 //! * log: a ring that the worker's threads put records into and the agent writes out.
 //!
 //! All of it is atomics, and each part has one writer at a time: the log's and the answer's is the
@@ -30,6 +31,7 @@ use std::time::Duration;
 /// Most queues of a device.
 pub const MAX_QUEUES: usize = 64;
 const REQUEST_BYTES: usize = 512;
+const TIERS_BYTES: usize = 1024;
 const ANSWER_BYTES: usize = 16 << 10;
 const PATH_BYTES: usize = 4096;
 const LOG_BYTES: usize = 32 << 10;
@@ -80,7 +82,23 @@ pub struct Board {
     pub upgrading: AtomicU64,
     /// The worker was told to stop the device: from here on it is to go, whoever dies.
     pub stopping: AtomicU64,
+    /// What the supervisor was asked: [`ASKED_UPGRADE`], [`ASKED_TIERS`].
+    asked: AtomicU64,
+    /// The tiers, one a line; numbered 0: those of the command line. The others are those before the last change.
+    tiers: [Letter<TIERS_BYTES>; 2],
+    /// Which of the two holds.
+    tiers_now: AtomicU64,
+    /// A worker with changed tiers was ordered and is not known to be live: the arena opens with either.
+    pub tiers_changing: AtomicU64,
+    tiers_wanted: Letter<TIERS_BYTES>,
+    /// What became of the order with that number; empty: it was carried out.
+    tiers_done: Letter<REQUEST_BYTES>,
 }
+
+/// An upgrade.
+pub const ASKED_UPGRADE: u64 = 1;
+/// Other tiers.
+pub const ASKED_TIERS: u64 = 2;
 
 /// How the device hears of freed slots.
 #[repr(C)]
@@ -171,10 +189,39 @@ impl Shared {
         self.to_supervisor.as_raw_fd()
     }
 
+    /// What the bell rang for.
+    pub fn asked(&self) -> u64 {
+        hear(&self.to_supervisor);
+        self.board.asked.swap(0, Ordering::Acquire)
+    }
+
     /// The program to upgrade to.
     pub fn upgrade_wanted(&self) -> String {
-        hear(&self.to_supervisor);
         self.board.upgrade_to.get().1
+    }
+
+    /// The tiers that were ordered, and the order's number.
+    pub fn tiers_wanted(&self) -> (u64, String) {
+        self.board.tiers_wanted.get()
+    }
+
+    /// Says what became of an order of tiers.
+    pub fn set_tiers_done(&self, order: u64, why: &str) {
+        self.board.tiers_done.put(order, cut(why).as_bytes());
+    }
+
+    /// Has other tiers hold, which may be those before: whoever else had to go on here finds them. `new`: they are not
+    /// on the board yet. False: they are too long.
+    pub fn switch_tiers(&self, new: Option<&str>) -> bool {
+        let other = self.board.tiers_now.load(Ordering::Relaxed) ^ 1;
+        if let Some(text) = new {
+            if !self.board.tiers[other as usize & 1].put(1, text.as_bytes()) {
+                return false;
+            }
+        }
+        self.board.tiers_changing.store(1, Ordering::Release);
+        self.board.tiers_now.store(other, Ordering::Release);
+        true
     }
 
     /// Why the last upgrade came to nothing; empty: it did not.
@@ -196,6 +243,18 @@ impl Shared {
     /// The same, to tell it.
     pub fn upgrade_error(&self) -> String {
         self.board.upgrade_error.get().1
+    }
+
+    /// The tiers, one a line. None: those of the command line.
+    pub fn tiers(&self) -> Option<String> {
+        let now = self.board.tiers_now.load(Ordering::Acquire);
+        let (number, text) = self.board.tiers[now as usize & 1].get();
+        (number != 0).then_some(text)
+    }
+
+    /// The last order of tiers that came to an end, and why it came to nothing, if it did.
+    pub fn tiers_done(&self) -> (u64, String) {
+        self.board.tiers_done.get()
     }
 
     // --- the worker's side --------------------------------------------------------------------
@@ -273,8 +332,25 @@ impl Shared {
         }
         self.set_upgrade_error("");
         let put = self.board.upgrade_to.put(order, program.as_bytes());
-        ring(&self.to_supervisor);
+        self.ask_supervisor(ASKED_UPGRADE);
         put
+    }
+
+    /// Asks the supervisor for these tiers, one a line, likewise. False: they are too long.
+    pub fn ask_tiers(&self, tiers: &str, order: u64) -> bool {
+        if self.board.tiers_wanted.get().0 == order {
+            return true;
+        }
+        let put = self.board.tiers_wanted.put(order, tiers.as_bytes());
+        if put {
+            self.ask_supervisor(ASKED_TIERS);
+        }
+        put
+    }
+
+    fn ask_supervisor(&self, what: u64) {
+        self.board.asked.fetch_or(what, Ordering::Release);
+        ring(&self.to_supervisor);
     }
 
     /// Has the agent's log thread look.
@@ -350,11 +426,27 @@ mod tests {
     #[test]
     fn an_order_given_twice_is_heard_once() {
         let s = Shared::new().unwrap();
-        let heard = || crate::signals::poll([s.supervisor_bell()], Duration::ZERO)[0].then(|| s.upgrade_wanted());
+        let heard = || crate::signals::poll([s.supervisor_bell()], Duration::ZERO)[0].then(|| s.asked());
         for (order, hears) in [(7, true), (7, false), (8, true), (0, true), (0, true)] {
             assert!(s.ask_upgrade("/new", order));
-            assert_eq!(heard().is_some(), hears, "{order}");
+            assert_eq!(heard(), hears.then_some(ASKED_UPGRADE), "{order}");
         }
+        assert!(s.ask_tiers("ram", 9) && s.ask_tiers("ram", 9));
+        assert_eq!((heard(), heard(), s.tiers_wanted()), (Some(ASKED_TIERS), None, (9, "ram".into())));
+        assert!(!s.ask_tiers(&"x".repeat(TIERS_BYTES + 1), 10));
+    }
+
+    #[test]
+    fn tiers_are_those_of_the_command_line_until_they_are_changed() {
+        let s = Shared::new().unwrap();
+        assert_eq!(s.tiers(), None);
+        assert!(s.switch_tiers(Some("ram\nblock:/dev/x")));
+        assert_eq!(s.tiers().as_deref(), Some("ram\nblock:/dev/x"));
+        assert!(s.switch_tiers(None), "back");
+        assert_eq!(s.tiers(), None);
+        assert!(s.switch_tiers(Some("ram")) && s.switch_tiers(Some("ram\nfile:/x,size=1")));
+        assert!(s.switch_tiers(None));
+        assert_eq!(s.tiers().as_deref(), Some("ram"));
     }
 
     #[test]

@@ -202,6 +202,22 @@ pub enum Tier {
         #[arg(value_name = "SPEC", value_parser = memory_limit)]
         limit: String,
     },
+    /// Add a tier below memory, in which the device's pages may be kept from then on
+    Add {
+        /// Number of the device
+        id: u32,
+        /// As in file:/var/lib/ghostswap/cold,size=64G, block:/dev/nvme1n1p3 or nbd:nbd://192.0.2.7/cold
+        #[arg(value_name = "SPEC", value_parser = below)]
+        spec: TierConfig,
+    },
+    /// Empty the tier below memory and do without it from then on; ended halfway, it stays in use
+    Remove {
+        /// Number of the device
+        id: u32,
+        /// Its name in `tier list`
+        #[arg(default_value = "disk", value_parser = ["disk"])]
+        name: String,
+    },
     /// Empty the disk tier into memory, as far as that has room, and use it no more
     Drain {
         /// Number of the device
@@ -280,6 +296,14 @@ fn tier(text: &str) -> Result<TierConfig, String> {
     text.parse()
 }
 
+/// What `tier add` can add.
+fn below(text: &str) -> Result<TierConfig, String> {
+    match text.parse()? {
+        TierConfig::Ram(_) => Err("only a tier below memory can be added: file:, block: or nbd:".into()),
+        tier => Ok(tier),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -297,6 +321,12 @@ mod tests {
         for bad in ["ram", "limit=1G", "ram,limit=0%", "ram,limit=1G,codec=lz4", "disk,limit=1G"] {
             assert!(memory_limit(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn only_what_lies_below_can_be_added() {
+        assert!(below("block:/dev/x").is_ok() && below("file:/x,size=1G").is_ok());
+        assert!(below("ram,limit=1G").is_err() && below("file:/x").is_err());
     }
 
     #[test]

@@ -10,7 +10,8 @@
 //! | `{"cmd":"swapoff"}` | `{"ok":true}`: the daemon opens and closes no more windows |
 //! | `{"cmd":"recompress"}` | `{"ok":true}`: all that is not cold yet will be compressed again |
 //! | `{"cmd":"writeback","idle_s":600}` | `{"ok":true}`: what is so old goes to the disk tier; status tells when it is over |
-//! | `{"cmd":"tier","what":{"limit":"4G"}}` | `{"ok":true}`: so much memory may be held; also `{"drain":true}` |
+//! | `{"cmd":"tier","what":{"limit":"4G"}}` | `{"ok":true}`: so much memory may be held; also `{"drain":true}`, `"empty"`: unless it does not fit |
+//! | `{"cmd":"tier","what":{"add":{"spec":"block:/dev/x","order":7}}}` | `{"ok":true}` once the supervisor was told; status tells the rest; also `{"remove":{"order":8}}` |
 //! | `{"cmd":"upgrade","program":"/path","order":7}` | `{"ok":true}` once the supervisor was told; status tells the rest |
 //!
 //! A refusal is `{"ok":false,"error":"one line"}`. The agent serves it; a client that sends nothing
@@ -102,6 +103,20 @@ pub enum TierChange {
     Limit(String),
     /// Whether the disk tier is to be empty.
     Drain(bool),
+    /// It is to be empty, unless what lies there does not fit into memory.
+    Empty,
+    /// One more, below.
+    Add {
+        /// As `--tier` has it.
+        spec: String,
+        /// As that of an upgrade.
+        order: u64,
+    },
+    /// The one below is to go, empty as it is.
+    Remove {
+        /// Likewise.
+        order: u64,
+    },
 }
 
 /// An answer.

@@ -28,7 +28,7 @@ use std::process::Command;
 use std::time::Duration;
 
 /// Of the letter, the board and the workers' words together.
-pub const HANDOVER_VERSION: u32 = 5;
+pub const HANDOVER_VERSION: u32 = 6;
 const LETTER: &str = "GHOSTSWAP_HANDOVER";
 /// Beside a letter that comes back: why.
 const RETURNED: &str = "GHOSTSWAP_HANDOVER_RETURNED";

@@ -14,14 +14,16 @@
 //! The supervisor has one thread, allocates next to nothing, and knows nothing of the arena. It
 //! never speaks to the driver itself: libublk's ring would go with the fork, and break there.
 
+mod change;
 mod children;
 mod pulse;
 mod succession;
 
+pub use change::{text_of, tiers_of};
 pub use children::pidfd;
 pub use succession::resume;
 
-use crate::board::Shared;
+use crate::board::{Shared, ASKED_TIERS, ASKED_UPGRADE};
 use crate::cli::Add;
 use crate::daemon;
 use crate::heir::Heritage;
@@ -29,7 +31,9 @@ use crate::notify::Manager;
 use crate::slotfree::{Mode, Source};
 use crate::{agent, control, device, kept, protect, signals};
 use anyhow::{anyhow, bail, Result};
+use change::Change;
 use children::{child, describe, kill, kill_stranger, ready_count, reap, remover, start, Worker};
+use ghostswap::config::TierConfig;
 use ghostswap::Spare;
 use pulse::Pulse;
 use std::io::{BufRead, Write};
@@ -52,6 +56,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 const TAKE_OVER_PATIENCE: Duration = Duration::from_secs(15);
 /// How long a newer program's first worker may take to get ready, before the upgrade is given up.
 const UPGRADE_PATIENCE: Duration = Duration::from_secs(60);
+/// How long a worker of changed tiers may take: a file's space may have to be taken.
+const TRIAL_PATIENCE: Duration = Duration::from_secs(120);
 /// Workers that stand by: one may be needed while the next is being made, which takes a while on a
 /// machine short of memory.
 const STANDBYS: usize = 2;
@@ -64,6 +70,10 @@ struct Supervisor<'a> {
     add: &'a Add,
     /// The standby is of a newer program than the worker, which it is to replace.
     upgrading: bool,
+    /// The tiers that hold for workers to come.
+    tiers: Vec<TierConfig>,
+    /// They are being changed.
+    change: Option<Change>,
     arena: OwnedFd,
     shared: Arc<Shared>,
     feed: Option<Source>,
@@ -119,7 +129,7 @@ fn begin(add: &Add) -> Result<(Supervisor<'_>, OwnedFd)> {
     let arena = ghostswap::create_arena(false)?;
     let shared = Arc::new(Shared::new()?);
     shared.set_slot_free(mode, &reason);
-    let active = start(add, &arena, &shared, feed.as_ref(), None)?;
+    let active = start(add, &add.tiers, false, &arena, &shared, feed.as_ref(), None)?;
     let mut supervisor = Supervisor::new(add, arena, shared, feed, active);
     if let Err(why) = kept::keep(&supervisor.manager, &supervisor.arena, &supervisor.shared, supervisor.feed.as_ref()) {
         // In the background nobody may see it; it matters only should all processes be killed at once.
@@ -136,6 +146,8 @@ impl<'a> Supervisor<'a> {
         Supervisor {
             add,
             upgrading: false,
+            tiers: tiers_of(&shared, &add.tiers),
+            change: None,
             arena,
             shared,
             feed,
@@ -182,7 +194,13 @@ impl<'a> Supervisor<'a> {
                 return Ok(());
             }
             if ordered {
-                self.upgrade();
+                let asked = self.shared.asked();
+                if asked & ASKED_TIERS != 0 {
+                    self.change_tiers();
+                }
+                if asked & ASKED_UPGRADE != 0 {
+                    self.upgrade();
+                }
             }
             if signal {
                 match (signals::next(received), self.agent) {
@@ -252,6 +270,7 @@ impl<'a> Supervisor<'a> {
                 Some(("error", why)) => {
                     // In the foreground somebody may see it; in the background the next worker tries.
                     let _ = writeln!(std::io::stderr(), "ghostswap-ublk: a worker failed: {why}");
+                    self.note_trouble(why);
                 }
                 _ => {}
             }
@@ -271,10 +290,13 @@ impl<'a> Supervisor<'a> {
             Ok(_) => match line.trim_end().split_once(' ') {
                 None => {
                     standby.ready = true;
-                    if self.upgrading {
+                    if standby.trial {
+                        self.trial_ready();
+                    } else if self.upgrading {
                         self.kill_active();
                     }
                 }
+                Some(("error", why)) if standby.trial => self.note_trouble(why),
                 Some(("error", why)) => self.shared.set_upgrade_error(&format!("a new worker failed: {why}")),
                 _ => {}
             },
@@ -282,8 +304,11 @@ impl<'a> Supervisor<'a> {
     }
 
     fn standby_died(&mut self, i: usize, how: &str) {
-        self.standbys.remove(i);
-        if std::mem::take(&mut self.upgrading) && self.shared.upgrade_error().is_empty() {
+        let mut dead = self.standbys.remove(i);
+        if dead.trial {
+            dead.last_words().into_iter().for_each(|why| self.note_trouble(&why));
+            self.trial_failed(how);
+        } else if std::mem::take(&mut self.upgrading) && self.shared.upgrade_error().is_empty() {
             self.shared.set_upgrade_error(&format!("a new worker {how}; the old one serves on"));
         }
         self.standby_due = Instant::now() + LOOK_EVERY;
@@ -297,6 +322,7 @@ impl<'a> Supervisor<'a> {
         }
         self.pulse.restart();
         self.active.since = Instant::now();
+        self.tiers_hold();
         let mut words = said.splitn(3, ' ');
         let (id, recoverable, path) = (words.next(), words.next(), words.next().unwrap_or(""));
         // Once a device could be handed over, it can.
@@ -380,13 +406,20 @@ impl<'a> Supervisor<'a> {
             bail!("the worker {why}: this kernel cannot hand ublkb{id} to another");
         }
         self.pause_after(lived);
+        self.settle_tiers(taking_over.is_some());
         let board = self.shared.board;
         let upgraded = std::mem::take(&mut self.upgrading);
-        if upgraded { &board.upgrades } else { &board.taken_over }.fetch_add(1, Ordering::Relaxed);
+        let changed = taking_over.is_none() && self.change.is_some();
+        match (upgraded, changed) {
+            (true, _) => drop(board.upgrades.fetch_add(1, Ordering::Relaxed)),
+            (_, true) => {}
+            _ => drop(board.taken_over.fetch_add(1, Ordering::Relaxed)),
+        }
         board.generation.fetch_add(1, Ordering::Relaxed);
-        let order = match upgraded {
-            true => "recover was of an older program".to_owned(),
-            false => {
+        let order = match (upgraded, changed) {
+            (true, _) => "recover was of an older program".to_owned(),
+            (_, true) => "recover had other tiers".to_owned(),
+            _ => {
                 let (ready, all) = (ready_count(&self.standbys), self.standbys.len());
                 let since = taking_over.map_or(String::new(), |t| format!(" {t:?} after the last that served"));
                 format!("recover {why}{since}, {ready} of {all} standbys ready")
@@ -418,7 +451,7 @@ impl<'a> Supervisor<'a> {
     /// A worker made only now that it is needed.
     fn forked_now(&self, id: u32, order: &str) -> Worker {
         until_done(|| {
-            let fresh = start(self.add, &self.arena, &self.shared, self.feed.as_ref(), Some(id)).ok();
+            let fresh = self.another(Some(id)).ok();
             fresh.and_then(|mut fresh| self.ordered(&mut fresh, order).then_some(fresh))
         })
     }
@@ -431,6 +464,8 @@ impl<'a> Supervisor<'a> {
             let late = |s: &&Worker| !s.ready && s.since.elapsed() >= UPGRADE_PATIENCE;
             self.standbys.first().filter(late).into_iter().for_each(|s| kill(s.pid, libc::SIGKILL));
         }
+        let late = |s: &&Worker| s.trial && !s.ready && s.since.elapsed() >= TRIAL_PATIENCE;
+        self.standbys.iter().filter(late).for_each(|s| kill(s.pid, libc::SIGKILL));
         if watchdog.is_zero() || self.device.is_none() {
             return;
         }
@@ -448,7 +483,9 @@ impl<'a> Supervisor<'a> {
     /// Has one more worker stand by, if one is missing and none is on its way. What it takes of a
     /// machine short of memory would be missing in a take-over, so the last but one can wait.
     fn stand_by(&mut self) {
-        let missing = self.standbys.len() < STANDBYS && self.standbys.iter().all(|s| s.ready);
+        let missing = self.standbys.len() < STANDBYS
+            && self.change.as_ref().is_none_or(Change::is_switched)
+            && self.standbys.iter().all(|s| s.ready);
         if !self.recoverable
             || self.stopping()
             || !missing
@@ -458,7 +495,12 @@ impl<'a> Supervisor<'a> {
         }
         // Without one a worker is forked when it is needed.
         let id = self.device.as_ref().map(|(id, _)| *id);
-        self.standbys.extend(start(self.add, &self.arena, &self.shared, self.feed.as_ref(), id).ok());
+        self.standbys.extend(self.another(id).ok());
+    }
+
+    /// A worker of the tiers that hold.
+    fn another(&self, id: Option<u32>) -> Result<Worker> {
+        start(self.add, &self.tiers, false, &self.arena, &self.shared, self.feed.as_ref(), id)
     }
 
     fn start_agent(&mut self) {

@@ -7,16 +7,27 @@ use crate::{carry_out, describe, signals};
 use anyhow::{anyhow, bail, Result};
 use ghostswap::config::format_size;
 use serde_json::{json, Value};
-use std::os::fd::AsRawFd;
-use std::time::Duration;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 const LOOK_EVERY: Duration = Duration::from_millis(200);
+/// How often a removal asks anew whether all will fit.
+const ASK_EVERY: Duration = Duration::from_secs(2);
+/// How long a look may come to nothing.
+const LOOK_PATIENCE: Duration = Duration::from_secs(60);
+/// Longer than the supervisor gives the new worker, and a take-over.
+const CHANGE_PATIENCE: Duration = Duration::from_secs(180);
 
 /// `tier`.
 pub fn run(command: Tier) -> Result<()> {
     match command {
         Tier::List { id, json } => list(id, json),
         Tier::Set { id, limit } => carry_out(id, &Request::Tier { what: TierChange::Limit(limit) }),
+        Tier::Add { id, spec } => {
+            let what = |order| TierChange::Add { spec: spec.to_string(), order };
+            change(id, what).map_err(|e| anyhow!("ublkb{id} serves on as it was: {e:#}"))
+        }
+        Tier::Remove { id, name } => remove(id, &name),
         Tier::Drain { id, stop: true } => carry_out(id, &Request::Tier { what: TierChange::Drain(false) }),
         Tier::Drain { id, stop: false } => drain(id),
     }
@@ -50,14 +61,65 @@ fn list(id: u32, as_json: bool) -> Result<()> {
     Ok(())
 }
 
+/// Has the tiers changed, and waits until they are.
+fn change(id: u32, what: impl Fn(u64) -> TierChange) -> Result<()> {
+    let since_1970 = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    let order = since_1970.as_nanos() as u64 | 1;
+    carry_out(id, &Request::Tier { what: what(order) })?;
+    let begun = Instant::now();
+    while begun.elapsed() < CHANGE_PATIENCE {
+        // Under pressure a look may come to nothing: then the next one.
+        if let Ok(device) = device(id) {
+            if device["tier_change"]["order"] == order {
+                return match device["tier_change"]["error"].as_str() {
+                    Some("") | None => Ok(()),
+                    Some(why) => bail!("{why}"),
+                };
+            }
+        }
+        std::thread::sleep(LOOK_EVERY);
+    }
+    bail!("no news of the change after {} s; see ghostswap-ublk tier list {id}", CHANGE_PATIENCE.as_secs())
+}
+
+/// Drained first. Whatever comes between, the tier is in use again.
+fn remove(id: u32, name: &str) -> Result<()> {
+    if !device(id)?["tiers"].as_array().is_some_and(|tiers| tiers.iter().any(|tier| tier["name"] == name)) {
+        bail!("ublkb{id} has no tier below memory");
+    }
+    let received = signals::block(&[libc::SIGINT, libc::SIGTERM, libc::SIGHUP])?;
+    let what = format!("remove {name} of /dev/ublkb{id}");
+    empty(id, &what, &TierChange::Empty, &received)?;
+    let removed = change(id, |order| TierChange::Remove { order });
+    removed.map_err(|e| {
+        let _ = carry_out(id, &Request::Tier { what: TierChange::Drain(false) });
+        anyhow!("the tier is empty and stays: {e:#}")
+    })
+}
+
 /// Ended by a signal, the tier is in use again.
 fn drain(id: u32) -> Result<()> {
     let received = signals::block(&[libc::SIGINT, libc::SIGTERM, libc::SIGHUP])?;
-    carry_out(id, &Request::Tier { what: TierChange::Drain(true) })?;
-    let what = format!("drain /dev/ublkb{id}");
-    let mut shown = Progress::new(&what);
+    empty(id, &format!("drain /dev/ublkb{id}"), &TierChange::Drain(true), &received)
+}
+
+/// Has the tier drained by `how` and waits until it is empty; `Empty` is asked for again and again, since what comes
+/// meanwhile may take the room.
+fn empty(id: u32, what: &str, how: &TierChange, received: &OwnedFd) -> Result<()> {
+    carry_out(id, &Request::Tier { what: how.clone() })?;
+    let mut shown = Progress::new(what);
+    let (mut asked, mut looked) = (Instant::now(), Instant::now());
     loop {
-        let disk = &device(id)?["stats"]["disk"];
+        let disk = match device(id) {
+            Ok(device) => device["stats"]["disk"].clone(),
+            // Under pressure a look may come to nothing: then the next one.
+            Err(_) if looked.elapsed() < LOOK_PATIENCE => {
+                std::thread::sleep(LOOK_EVERY);
+                continue;
+            }
+            Err(e) => return Err(e),
+        };
+        looked = Instant::now();
         let bytes = |key: &str| disk[key].as_u64().unwrap_or(0);
         let used = bytes("used_bytes");
         shown.tell(used, used == 0);
@@ -65,7 +127,14 @@ fn drain(id: u32) -> Result<()> {
             return Ok(());
         }
         if used <= bytes("unreadable_bytes") {
-            bail!("{} cannot be read and stay there; all else is in memory", format_size(used));
+            let left = anyhow!("{} cannot be read and stay there; all else is in memory", format_size(used));
+            return give_up(id, how, left);
+        }
+        if *how == TierChange::Empty && asked.elapsed() >= ASK_EVERY {
+            asked = Instant::now();
+            if let Err(e) = carry_out(id, &Request::Tier { what: TierChange::Empty }) {
+                return give_up(id, how, e);
+            }
         }
         let [ended] = signals::poll([received.as_raw_fd()], LOOK_EVERY);
         if ended {
@@ -73,6 +142,15 @@ fn drain(id: u32) -> Result<()> {
             bail!("stopped: the tier is in use again, with {} in it", format_size(used));
         }
     }
+}
+
+/// What a removal began is taken back; draining by hand goes on until it is told otherwise.
+fn give_up(id: u32, how: &TierChange, why: anyhow::Error) -> Result<()> {
+    if *how == TierChange::Empty {
+        carry_out(id, &Request::Tier { what: TierChange::Drain(false) })?;
+        return Err(anyhow!("the tier is in use again: {why:#}"));
+    }
+    Err(why)
 }
 
 /// Returns when all that was old enough has gone down.

@@ -21,7 +21,7 @@ use crate::slotfree::{self, Feed, Source};
 use crate::windows::Held;
 use crate::{daemon, device, log, protect, queue, signals};
 use anyhow::{anyhow, bail, Context, Result};
-use ghostswap::config::{format_size, StoreConfig};
+use ghostswap::config::{format_size, StoreConfig, TierConfig};
 use ghostswap::{Standby, Store, Volume};
 use libublk::ctrl::UblkCtrl;
 use libublk::io::UblkDev;
@@ -47,6 +47,10 @@ pub const EXIT_TAKE_OVER: i32 = 75;
 pub struct Setup<'a> {
     /// The command line.
     pub add: &'a Add,
+    /// The tiers, which may have been changed since.
+    pub tiers: &'a [TierConfig],
+    /// They are not those that hold: whether they can be had is to be found out, while another serves.
+    pub trial: bool,
     /// The arena's file.
     pub arena: OwnedFd,
     /// The board.
@@ -114,7 +118,11 @@ pub fn run(setup: Setup<'_>) -> Result<()> {
     let mut tell = setup.pipe.try_clone().context("cannot duplicate the pipe")?;
     let mut orders = BufReader::with_capacity(512, setup.pipe);
     let feed = setup.feed.map(|source| Feed::map(source, &setup.shared)).transpose()?.map(Arc::new);
-    let mut ready = Ready::new(setup.add, setup.arena, setup.shared, feed, setup.device)?;
+    let mut standby = stand_by(setup.add, setup.tiers, setup.arena)?;
+    if setup.trial {
+        standby.try_tier()?;
+    }
+    let mut ready = Ready::new(setup.add, standby, setup.shared, feed, setup.device)?;
     daemon::say(&mut tell, "ready");
     let Some(order) = ready.wait_for_order(&mut orders)? else { return Ok(()) };
     voice.rise();
@@ -130,25 +138,28 @@ pub fn run(setup: Setup<'_>) -> Result<()> {
     Ok(())
 }
 
+fn stand_by(add: &Add, tiers: &[TierConfig], arena: OwnedFd) -> Result<Standby> {
+    let config = StoreConfig {
+        tiers: tiers.to_vec(),
+        max_lanes: usize::from(add.queues),
+        thread_start: Some(protect::store_thread),
+        #[cfg(feature = "tls")]
+        tls: Some(ghostswap::Tls::new()),
+        #[cfg(feature = "s3")]
+        s3: Some(ghostswap::S3::new()),
+        ..StoreConfig::default()
+    };
+    Ok(Standby::new(config, arena)?)
+}
+
 impl<'a> Ready<'a> {
     fn new(
         add: &'a Add,
-        arena: OwnedFd,
+        standby: Standby,
         shared: Arc<Shared>,
         feed: Option<Arc<Feed>>,
         id: Option<u32>,
     ) -> Result<Ready<'a>> {
-        let config = StoreConfig {
-            tiers: add.tiers.clone(),
-            max_lanes: usize::from(add.queues),
-            thread_start: Some(protect::store_thread),
-            #[cfg(feature = "tls")]
-            tls: Some(ghostswap::Tls::new()),
-            #[cfg(feature = "s3")]
-            s3: Some(ghostswap::S3::new()),
-            ..StoreConfig::default()
-        };
-        let standby = Standby::new(config, arena)?;
         let fetch_bytes = standby.fetch_bytes();
         let start = |qid| queue::Idle::start(qid, add.depth, fetch_bytes, shared.clone(), feed.clone());
         let queues = (0..add.queues).map(start).collect::<Result<_>>()?;
@@ -273,6 +284,7 @@ impl Device {
                     Ok(Request::WriteBack { idle_s }) => (told(self.store.write_back(idle_s)), false),
                     Ok(Request::Tier { what: TierChange::Limit(limit) }) => (self.set_limit(&limit), false),
                     Ok(Request::Tier { what: TierChange::Drain(drain) }) => (told(self.store.drain_disk(drain)), false),
+                    Ok(Request::Tier { what: TierChange::Empty }) => (told(self.store.empty_disk()), false),
                     Ok(Request::Resize { bytes }) => (self.resize(bytes), false),
                     Ok(_) => (Answer::refusal("that is not the worker's to do"), false),
                     Err(e) => (Answer::refusal(format!("bad request: {e}")), false),

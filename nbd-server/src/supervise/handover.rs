@@ -30,7 +30,7 @@ use std::process::Command;
 use std::sync::Arc;
 
 /// Of the letter and of the words between supervisor and worker.
-pub const VERSION: &str = "2";
+pub const VERSION: &str = "3";
 /// In the environment of a program that was left a letter: its version.
 const LETTER: &str = "GHOSTSWAP_NBD_LETTER";
 const SYSTEMD: [&str; 3] = ["LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PID"];
@@ -45,6 +45,12 @@ pub struct History {
     pub longest_take_over_us: u64,
     /// Why the last upgrade that was asked for was not done.
     pub upgrade_error: Option<String>,
+    /// Times that the tiers were changed.
+    #[serde(default)]
+    pub tier_changes: u64,
+    /// Why the last change of them was not done.
+    #[serde(default)]
+    pub tier_error: Option<String>,
 }
 
 /// What is left beside descriptors, which are in this order: the estate's, the old program's file, links to the

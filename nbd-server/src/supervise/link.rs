@@ -8,7 +8,7 @@
 //! | `serve` | nobody else has the arena |
 //! | `serve anew` | likewise, and the command line may say other things of exports than the one before |
 //! | `status {…}` | what happened so far |
-//! | `refused WHY` | there is no upgrade |
+//! | `refused WHY` | there is no upgrade, or there are no such tiers |
 //!
 //! | up | |
 //! |---|---|
@@ -17,6 +17,7 @@
 //! | `beat` | twice a second |
 //! | `stuck WHAT` | a thread stands: this process is to be followed by another |
 //! | `upgrade` | somebody asks for it |
+//! | `tiers […]` | somebody asks for these |
 //! | `error WHY` | it ends |
 
 use super::handover::VERSION;
@@ -25,6 +26,7 @@ use super::tables::Tables;
 use crate::listen::Listener;
 use crate::pulse::LOOK_EVERY;
 use anyhow::{anyhow, bail, ensure, Context, Result};
+use ghostswap::config::TierConfig;
 use ghostswap::Standby;
 use rustix::event::{PollFd, PollFlags};
 use rustix::net::{send, SendFlags};
@@ -47,11 +49,16 @@ const END_PATIENCE: Duration = Duration::from_secs(10);
 const LOOK_FOR_END_EVERY: Duration = Duration::from_millis(2);
 /// For the supervisor to make up its mind, which waits for a new program to get ready.
 const UPGRADE_PATIENCE: Duration = Duration::from_secs(90);
+/// The same, for a file's space to be taken.
+const TRIAL_PATIENCE: Duration = Duration::from_secs(150);
 
 /// What comes with the descriptors: the arena, two tables, and a socket for each name.
 #[derive(Serialize, Deserialize)]
 pub(super) struct Header {
     pub sockets: Vec<String>,
+    /// Tiers that are to be had in the place of those that hold, if they can be had.
+    #[serde(default)]
+    pub trial: Option<Vec<String>>,
 }
 
 /// What a worker is given.
@@ -60,6 +67,8 @@ pub struct Given {
     pub arena: OwnedFd,
     pub tables: Tables,
     pub listeners: Vec<Listener>,
+    /// Tiers that are to be tried.
+    pub trial: Option<Vec<String>>,
     pub link: Link,
 }
 
@@ -89,6 +98,8 @@ struct Shared {
     asking: Mutex<()>,
     /// Finds a thread that stands.
     look: OnceLock<Look>,
+    /// Those that this process serves with.
+    tiers: OnceLock<Vec<TierConfig>>,
 }
 
 #[derive(Default)]
@@ -110,9 +121,10 @@ pub fn given() -> Result<Option<Given>> {
     let (words, mut descriptors) = pass::receive(&link).context("no supervisor")?;
     let header: Header = serde_json::from_str(&words).context("no supervisor")?;
     ensure!(descriptors.len() == header.sockets.len() + 3, "the supervisor sent {} descriptors", descriptors.len());
+    let Header { sockets: names, trial } = header;
     let sockets = descriptors.split_off(3);
     let [arena, first, second] = <[OwnedFd; 3]>::try_from(descriptors).map_err(|_| anyhow!("no descriptors"))?;
-    let named = sockets.into_iter().zip(header.sockets);
+    let named = sockets.into_iter().zip(names);
     let listeners = named.map(|(socket, name)| Listener::of(Socket::from(socket), name)).collect();
     let desk = Desk(Arc::new(Shared {
         link: link.try_clone().context("cannot duplicate a socket")?,
@@ -120,10 +132,11 @@ pub fn given() -> Result<Option<Given>> {
         refused: Condvar::new(),
         asking: Mutex::default(),
         look: OnceLock::new(),
+        tiers: OnceLock::new(),
     }));
     let link = Link { orders: BufReader::new(link), desk };
     link.desk.start_beating()?;
-    Ok(Some(Given { arena, tables: Tables::of([first, second]), listeners, link }))
+    Ok(Some(Given { arena, tables: Tables::of([first, second]), listeners, trial, link }))
 }
 
 /// Tells the supervisor, if this process is a worker, why it ends.
@@ -236,6 +249,16 @@ impl Desk {
         let _ = send(&self.0.link, format!("{line}\n").as_bytes(), SendFlags::NOSIGNAL);
     }
 
+    /// Which tiers this process serves with.
+    pub fn set_tiers(&self, tiers: Vec<TierConfig>) {
+        // Once.
+        let _ = self.0.tiers.set(tiers);
+    }
+
+    pub fn tiers(&self) -> &[TierConfig] {
+        self.0.tiers.get().map_or(&[], Vec::as_slice)
+    }
+
     /// What has `look` say what stands, if something does.
     pub fn watch_over(&self, look: impl Fn() -> Option<String> + Send + Sync + 'static) {
         // There is one server to a process.
@@ -266,14 +289,25 @@ impl Desk {
 
     /// Asks for an upgrade. If there is one, this process ends before it hears of that.
     pub fn upgrade(&self) -> Result<()> {
+        self.ask("upgrade", UPGRADE_PATIENCE)
+    }
+
+    /// Asks for other tiers, likewise.
+    pub fn change_tiers(&self, tiers: &[String]) -> Result<()> {
+        // Text always serialises.
+        let tiers = serde_json::to_string(tiers)?;
+        self.ask(&format!("tiers {tiers}"), TRIAL_PATIENCE)
+    }
+
+    fn ask(&self, line: &str, patience: Duration) -> Result<()> {
         let _alone = self.0.asking.lock().unwrap_or_else(PoisonError::into_inner);
         self.news().refusal = None;
-        self.say("upgrade");
+        self.say(line);
         let decided = |news: &mut News| news.refusal.is_none() && !news.alone;
-        let waited = self.0.refused.wait_timeout_while(self.news(), UPGRADE_PATIENCE, decided);
+        let waited = self.0.refused.wait_timeout_while(self.news(), patience, decided);
         let (mut news, _) = waited.unwrap_or_else(PoisonError::into_inner);
         if news.alone {
-            bail!("its supervisor is gone: nothing can be upgraded");
+            bail!("its supervisor is gone: nothing can be upgraded or changed");
         }
         Err(anyhow!(news.refusal.take().unwrap_or_else(|| "the supervisor does not answer".into())))
     }

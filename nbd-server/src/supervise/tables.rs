@@ -1,11 +1,12 @@
-//! The table of exports, which must outlive who made it: in two files without a name, beside the arena.
+//! The table of exports, and tiers that were changed (`tiers.rs`), which must outlive who made it: in two files without a
+//! name, beside the arena.
 //!
 //! The worker writes each new table, with a number, over the older of the two; whoever comes next reads the one with
 //! the highest number that is whole. So a kill in the middle leaves the last one. One process writes at a time: whoever
 //! has the arena.
 //!
 //! ```text
-//! 17 [{"name":"swap1",…},…]⏎
+//! 17 {"exports":[{"name":"swap1",…},…],…}⏎
 //! ```
 
 use anyhow::{Context, Result};

@@ -25,6 +25,8 @@ pub struct Worker {
     /// It stands by; the version it speaks.
     pub ready: Option<String>,
     pub serves: bool,
+    /// It is to find out whether other tiers than those that hold can be had.
+    pub trial: bool,
     /// Why it ends, in its own words.
     pub failure: Option<String>,
     /// Nothing more is heard of it.
@@ -52,15 +54,21 @@ impl Estate {
 impl Worker {
     /// Starts one of that program.
     pub fn start(program: &Path, estate: &Estate) -> Result<Worker> {
+        Worker::start_with(program, estate, None)
+    }
+
+    /// The same, with other tiers than those that hold.
+    pub fn start_with(program: &Path, estate: &Estate, trial: Option<Vec<String>>) -> Result<Worker> {
         let (link, its) = UnixStream::pair().context("cannot make a socket pair")?;
         let sockets = estate.listeners.iter().map(|listener| listener.name.clone()).collect();
         // What is sent waits for it, as far as the socket holds it: nothing may fail once it is there.
-        pass::send(&link, &serde_json::to_string(&Header { sockets })?, &estate.descriptors())?;
+        let is_trial = trial.is_some();
+        pass::send(&link, &serde_json::to_string(&Header { sockets, trial })?, &estate.descriptors())?;
         let mut command = handover::again(program);
         command.env(WORKER, VERSION).stdin(OwnedFd::from(its));
         let child = command.spawn().context("cannot start a worker")?;
         // Waited for with all others, those that this process found at its beginning included.
-        Worker::of(Pid::from_child(&child), link, false)
+        Ok(Worker { trial: is_trial, ..Worker::of(Pid::from_child(&child), link, false)? })
     }
 
     pub fn of(pid: Pid, link: UnixStream, serves: bool) -> Result<Worker> {
@@ -71,6 +79,7 @@ impl Worker {
             since: Instant::now(),
             ready: None,
             serves,
+            trial: false,
             failure: None,
             silent: false,
             pulse: Pulse::default(),

@@ -10,7 +10,8 @@ use crate::slotfree::Source;
 use crate::worker::{self, Setup};
 use crate::{device, protect};
 use anyhow::{Context, Result};
-use std::io::{BufReader, Error as OsError, ErrorKind, Write};
+use ghostswap::config::TierConfig;
+use std::io::{BufRead, BufReader, Error as OsError, ErrorKind, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -26,6 +27,8 @@ pub struct Worker {
     pub since: Instant,
     /// It stands by and waits for nothing but its order.
     pub ready: bool,
+    /// It stands by to find out whether other tiers than those that hold can be had.
+    pub trial: bool,
 }
 
 /// How many can take over at once.
@@ -36,7 +39,14 @@ pub fn ready_count(standbys: &[Worker]) -> usize {
 impl Worker {
     /// Of a process that runs already.
     pub fn new(pid: libc::pid_t, pipe: UnixStream) -> Worker {
-        Worker { pid, pipe: BufReader::with_capacity(512, pipe), since: Instant::now(), ready: false }
+        Worker { pid, pipe: BufReader::with_capacity(512, pipe), since: Instant::now(), ready: false, trial: false }
+    }
+
+    /// What a dead one said had gone wrong, if nobody heard it.
+    pub fn last_words(&mut self) -> Option<String> {
+        self.pipe.get_ref().set_nonblocking(true).ok()?;
+        let lines = self.pipe.by_ref().lines().map_while(Result::ok);
+        lines.filter_map(|line| line.strip_prefix("error ").map(str::to_owned)).last()
     }
 
     /// Tells it.
@@ -45,9 +55,11 @@ impl Worker {
     }
 }
 
-/// Forks a worker that stands by.
+/// Forks a worker that stands by, with these tiers; `trial`: if they can be had.
 pub fn start(
     add: &Add,
+    tiers: &[TierConfig],
+    trial: bool,
     arena: &OwnedFd,
     shared: &Arc<Shared>,
     feed: Option<&Source>,
@@ -59,7 +71,7 @@ pub fn start(
     let mut keep = shared.descriptors().to_vec();
     keep.extend([arena.as_raw_fd(), theirs.as_raw_fd(), tell.as_raw_fd()]);
     keep.extend(feed.into_iter().flat_map(Source::descriptors));
-    let setup = Setup { add, arena, shared: shared.clone(), feed, pipe: theirs, device };
+    let setup = Setup { add, tiers, trial, arena, shared: shared.clone(), feed, pipe: theirs, device };
     let pid = child(c"gs-worker", keep, || {
         let done = worker::run(setup);
         if let Err(e) = &done {
@@ -67,7 +79,7 @@ pub fn start(
         }
         done
     })?;
-    Ok(Worker::new(pid, ours))
+    Ok(Worker { trial, ..Worker::new(pid, ours) })
 }
 
 /// Forks a child that does `work` with these descriptors and ends.

@@ -72,6 +72,7 @@ impl Supervisor<'_> {
     fn begin_again(&mut self, letter: &Letter) -> Result<bool> {
         let (shared, board) = (self.shared.clone(), self.shared.board);
         board.supervisor.store(u64::from(std::process::id()), Ordering::Relaxed);
+        self.end_change_of_another();
         let was_upgrading = board.upgrading.swap(0, Ordering::Relaxed) != 0;
         // Their pipes went with whoever wrote the letter.
         letter.standbys.iter().for_each(|pid| kill(*pid, libc::SIGKILL));
@@ -102,9 +103,8 @@ impl Supervisor<'_> {
     pub(super) fn upgrade(&mut self) {
         let program = self.shared.upgrade_wanted();
         let board = self.shared.board;
-        let stopping = board.stopping.load(Ordering::Relaxed) != 0;
         let why = match &self.device {
-            Some((id, path)) if self.recoverable && !self.upgrading && self.died.is_none() && !stopping => {
+            Some((id, path)) if self.recoverable && self.can_change() => {
                 let pipe = self.active.pipe.get_ref().as_raw_fd();
                 let letter = Letter {
                     version: HANDOVER_VERSION,

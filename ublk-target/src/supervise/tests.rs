@@ -49,3 +49,38 @@ fn a_device_that_was_to_go_and_went_is_no_loss() {
         assert!(supervisor.worker_ended(None).unwrap(), "likewise of a worker that is another's child");
     });
 }
+
+#[test]
+fn tiers_that_nobody_got_live_with_give_way_to_those_before() {
+    hearing(|supervisor, _worker| {
+        let (shared, list) = (supervisor.shared.clone(), "ram\nblock:/dev/x");
+        assert!(shared.switch_tiers(Some(list)));
+        // A death of whoever serves is no reason yet: he may have been live with them.
+        supervisor.settle_tiers(false);
+        assert_eq!(shared.tiers().as_deref(), Some(list));
+        for (holds, count) in [(None, 0), (Some(list), 2), (None, 0)] {
+            supervisor.settle_tiers(true);
+            assert_eq!((shared.tiers().as_deref(), supervisor.tiers.len()), (holds, count));
+        }
+        supervisor.tiers_hold();
+        supervisor.settle_tiers(true);
+        assert_eq!(shared.tiers(), None, "what is live has settled it");
+    });
+}
+
+#[test]
+fn what_a_trial_said_before_it_died_is_the_reason() {
+    hearing(|supervisor, _worker| {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        supervisor.standbys.push(Worker { trial: true, ..Worker::new(0, ours) });
+        assert!(supervisor.shared.ask_tiers("ram\nblock:/dev/x", 7));
+        supervisor.change = Some(Change::of(7, "ram\nblock:/dev/x"));
+        theirs.write_all(b"error it is in use\n").unwrap();
+        drop(theirs);
+        supervisor.standby_died(0, "ended with status 1");
+        assert_eq!(supervisor.shared.tiers_done(), (7, "it is in use".into()));
+        assert!(supervisor.can_change() && supervisor.standbys.is_empty());
+        supervisor.end_change_of_another();
+        assert_eq!(supervisor.shared.tiers_done().1, "it is in use", "it has come to its end");
+    });
+}

@@ -1,0 +1,202 @@
+//! A tier below memory that is added and removed while clients write and read, through workers' deaths, an upgrade and
+//! what cannot be one.
+#![allow(clippy::unwrap_used)] // Clippy's leave for tests does not reach their helpers.
+
+mod common;
+
+use common::{kill, Raw, Server};
+use std::io::Read;
+use std::path::Path;
+use std::process::{Command, Output};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+const PAGE: u64 = 4096;
+/// More than memory holds, and half of that.
+const PAGES: u64 = 7000;
+const KEPT: u64 = 2500;
+const CYCLES: u64 = 6;
+
+fn noise(page: u64, version: u64) -> Vec<u8> {
+    let mut state = page << 20 | version << 1 | 1;
+    let words = (0..PAGE / 8).flat_map(|_| {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (state ^ state >> 29).to_le_bytes()
+    });
+    words.collect()
+}
+
+struct Tiered {
+    server: Server,
+    control: String,
+}
+
+impl Tiered {
+    fn start(name: &str) -> Tiered {
+        let directory = Server::directory(name);
+        std::fs::create_dir_all(&directory).unwrap();
+        let control = directory.join("control").display().to_string();
+        let arguments = ["--export", "a,size=64M", "--export", "b,size=64M", "--tier", "ram,limit=24M,codec=lz4"];
+        let server = Server::start(name, &[&["--control", &control], &arguments[..]].concat());
+        Tiered { server, control }
+    }
+
+    fn ask(&self, arguments: &[&str]) -> Output {
+        let program = env!("CARGO_BIN_EXE_ghostswap-nbd");
+        Command::new(program).args(arguments).args(["--control", &self.control]).output().unwrap()
+    }
+
+    fn does(&self, arguments: &[&str]) -> String {
+        let output = self.ask(arguments);
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    fn refuses(&self, code: i32, arguments: &[&str], why: &str) {
+        let output = self.ask(arguments);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.code() == Some(code) && said.contains(why), "{why}: {output:?}");
+        assert_eq!(said.lines().count(), 1, "{said}");
+    }
+
+    /// Of the tier below; None: there is none.
+    fn live_below(&self) -> Option<u64> {
+        let all: serde_json::Value = serde_json::from_str(&self.does(&["tier", "list", "--json"])).unwrap();
+        let disk = all["tiers"].as_array().unwrap().iter().find(|tier| tier["name"] == "disk");
+        disk.map(|tier| tier["live_bytes"].as_u64().unwrap())
+    }
+
+    fn client(&self) -> Raw {
+        self.server.try_enter(b"a").unwrap_or_else(|| self.server.enter_when_a_lane_is_free())
+    }
+
+    fn compare(&self, pages: u64, version: u64) {
+        let mut client = self.server.connect();
+        client.enter(b"a");
+        (0..pages).for_each(|page| assert!(client.read_page(page) == noise(page, version), "page {page}"));
+    }
+}
+
+/// Writes and reads again on the other export until told to stop, and connects again when it must.
+fn load(server: &Server, stop: &AtomicBool) {
+    let (mut versions, mut turn) = (vec![0u64; 300], 0);
+    let mut client: Option<Raw> = None;
+    let mut since = Instant::now();
+    while !stop.load(Ordering::Relaxed) {
+        turn += 1;
+        let page = turn * 7 % versions.len();
+        let (offset, next) = (page as u64 * PAGE, versions[page] + 1);
+        let done = client.as_mut().map(|client| -> std::io::Result<()> {
+            if turn % 2 == 0 {
+                assert_eq!(client.try_request(1, offset, PAGE as u32, &noise(page as u64, next))?, 0);
+                versions[page] = next;
+                return Ok(());
+            }
+            assert_eq!(client.try_request(0, offset, PAGE as u32, b"")?, 0);
+            let mut got = vec![0; PAGE as usize];
+            client.0.read_exact(&mut got)?;
+            // One in flight when the connection broke may have been done.
+            if got == noise(page as u64, next) {
+                versions[page] = next;
+            }
+            let is = versions[page] == 0 && got.iter().all(|byte| *byte == 0);
+            assert!(is || got == noise(page as u64, versions[page]), "page {page}, version {}", versions[page]);
+            Ok(())
+        });
+        match done {
+            Some(Ok(())) => since = Instant::now(),
+            Some(Err(_)) | None => client = server.try_enter(b"b"),
+        }
+        assert!(since.elapsed() < Duration::from_secs(30), "nobody serves");
+        std::thread::sleep(Duration::from_micros(500));
+    }
+}
+
+/// Ends the load, also when the test fails.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn a_tier_comes_and_goes_under_load() {
+    let tiered = Tiered::start("tiers");
+    let disk = |n: u64| format!("file:{}/cold{},size=64M,prealloc=off", tiered.server.directory.display(), n % 2);
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let loading = scope.spawn(|| load(&tiered.server, &stop));
+        let stopping = Stop(&stop);
+        for n in 0..CYCLES {
+            tiered.does(&["tier", "add", &disk(n)]);
+            assert_eq!(tiered.live_below(), Some(0));
+            tiered.refuses(1, &["tier", "add", &disk(n + 1)], "one at most");
+            let mut client = tiered.client();
+            (0..PAGES).for_each(|page| client.write_page(page, &noise(page, n)));
+            assert!(tiered.live_below().unwrap() > 2 << 20, "{:?}", tiered.live_below());
+            tiered.refuses(1, &["tier", "remove"], "does not fit");
+            match n {
+                1 => {
+                    let worker = tiered.server.worker();
+                    kill("KILL", worker);
+                    tiered.server.next_worker(worker);
+                }
+                2 => drop(tiered.does(&["upgrade"])),
+                _ => {}
+            }
+            assert!(tiered.live_below().is_some(), "cycle {n}");
+            tiered.compare(PAGES, n);
+            let mut client = tiered.client();
+            client.request(0, 4, KEPT * PAGE, ((PAGES - KEPT) * PAGE) as u32, b"");
+            assert_eq!(client.errno(), 0);
+            drop(client);
+            if n == 3 {
+                // In the middle of it, as it may be.
+                let removing = scope.spawn(|| tiered.ask(&["tier", "remove"]));
+                std::thread::sleep(Duration::from_millis(300));
+                let worker = tiered.server.worker();
+                kill("KILL", worker);
+                tiered.server.next_worker(worker);
+                drop(removing.join().unwrap());
+            }
+            if tiered.live_below().is_some() {
+                // What was trimmed is free a moment later.
+                let begun = Instant::now();
+                while !tiered.ask(&["tier", "remove"]).status.success() {
+                    assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", tiered.ask(&["tier", "remove"]));
+                }
+            }
+            assert_eq!(tiered.live_below(), None, "cycle {n}");
+            tiered.compare(KEPT, n);
+        }
+        drop(stopping);
+        loading.join().unwrap();
+    });
+    tiered.server.end();
+}
+
+#[test]
+fn what_cannot_be_a_tier_is_refused_and_the_worker_serves_on() {
+    let tiered = Tiered::start("tierless");
+    let letter = tiered.server.directory.join("letter");
+    std::fs::write(&letter, "dear all").unwrap();
+    let worker = tiered.server.worker();
+    let file = |path: &Path| format!("file:{},size=64M", path.display());
+    tiered.refuses(1, &["tier", "add", &file(&letter)], "something else");
+    tiered.refuses(1, &["tier", "add", &file(Path::new("/nowhere/cold"))], "No such file");
+    tiered.refuses(2, &["tier", "add", "ram,limit=1G"], "only a tier below");
+    tiered.refuses(2, &["tier", "add", "file:/x"], "wants a size");
+    tiered.refuses(1, &["tier", "remove"], "no disk tier");
+    assert_eq!(std::fs::read(&letter).unwrap(), b"dear all");
+    assert_eq!(tiered.server.worker(), worker);
+    // An export that must lie below keeps the tier there.
+    tiered.does(&["tier", "add", &file(&tiered.server.directory.join("cold"))]);
+    tiered.does(&["exports", "add", "c,size=1M,tiers=below"]);
+    tiered.refuses(1, &["tier", "remove"], "'c' has tiers=below");
+    tiered.does(&["exports", "remove", "c"]);
+    tiered.does(&["tier", "remove"]);
+    assert_eq!(tiered.live_below(), None);
+    tiered.server.end();
+}
