@@ -20,7 +20,7 @@ mkfs.ext4 -q "$second"
 mkdir -p /mnt
 mount -t ext4 "$second" /mnt
 file=file:/mnt/cold,size=$((half / 5 * 4 * 512))
-ghostswap-ublk add --size 64G --tier "$ram" --watchdog 5 > /dev/null
+ghostswap-ublk add --size 64G --tier "$ram" --watchdog 30 > /dev/null
 look() { ghostswap-ublk status --json > /tmp/status 2> /dev/null && read -r status < /tmp/status; }
 number() { look || return 1; value=${status#*\"$1\":}; value=${value%%[,\}]*}; echo "$value"; }
 has_disk() { ghostswap-ublk tier list 0 | grep -q '^disk '; }
