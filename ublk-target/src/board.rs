@@ -88,13 +88,18 @@ pub struct Board {
     tiers: [Letter<TIERS_BYTES>; 2],
     /// Which of the two holds.
     tiers_now: AtomicU64,
-    /// A worker with changed tiers was ordered and is not known to be live: the arena opens with either.
+    /// [`CHANGE_MADE`] or [`CHANGE_ORDERED`]: nobody is known to be live with changed tiers, and the arena opens with
+    /// either.
     pub tiers_changing: AtomicU64,
     tiers_wanted: Letter<TIERS_BYTES>,
     /// What became of the order with that number; empty: it was carried out.
     tiers_done: Letter<REQUEST_BYTES>,
 }
 
+/// The tiers that hold were changed, and no worker was ordered since.
+pub const CHANGE_MADE: u64 = 1;
+/// One was.
+pub const CHANGE_ORDERED: u64 = 2;
 /// An upgrade.
 pub const ASKED_UPGRADE: u64 = 1;
 /// Other tiers.
@@ -219,7 +224,7 @@ impl Shared {
                 return false;
             }
         }
-        self.board.tiers_changing.store(1, Ordering::Release);
+        self.board.tiers_changing.store(CHANGE_MADE, Ordering::Release);
         self.board.tiers_now.store(other, Ordering::Release);
         true
     }

@@ -406,10 +406,9 @@ impl<'a> Supervisor<'a> {
             bail!("the worker {why}: this kernel cannot hand ublkb{id} to another");
         }
         self.pause_after(lived);
-        self.settle_tiers(taking_over.is_some());
+        let changed = self.settle_tiers(taking_over.is_some());
         let board = self.shared.board;
         let upgraded = std::mem::take(&mut self.upgrading);
-        let changed = taking_over.is_none() && self.change.is_some();
         match (upgraded, changed) {
             (true, _) => drop(board.upgrades.fetch_add(1, Ordering::Relaxed)),
             (_, true) => {}

@@ -11,7 +11,7 @@
 
 use super::children::{kill, start};
 use super::Supervisor;
-use crate::board::Shared;
+use crate::board::{Shared, CHANGE_MADE, CHANGE_ORDERED};
 use anyhow::{anyhow, Result};
 use ghostswap::config::TierConfig;
 use std::sync::atomic::Ordering;
@@ -105,17 +105,27 @@ impl Supervisor<'_> {
         self.end_change(&said.unwrap_or_else(|| format!("a new worker {how}")));
     }
 
-    /// Before a take-over. `again`: the last one came to nothing.
-    pub(super) fn settle_tiers(&mut self, again: bool) {
+    /// Before a take-over is ordered. `again`: somebody was to be live since before this death. True: it is the one that
+    /// the change is made by.
+    pub(super) fn settle_tiers(&mut self, again: bool) -> bool {
+        let changing = &self.shared.board.tiers_changing;
+        // One that is killed for its successor may take long to end, and be found to hang meanwhile: that is no failure of
+        // the successor, who was not ordered yet.
+        let ordered = changing.load(Ordering::Relaxed) == CHANGE_ORDERED;
+        let first = changing.load(Ordering::Relaxed) == CHANGE_MADE;
         if self.change.as_ref().is_some_and(|change| !change.switched) {
             // Whoever is to take over now is to be of the tiers that there were.
             self.drop_standbys(true);
             self.end_change("the worker died meanwhile: try again");
-        } else if again && self.shared.board.tiers_changing.load(Ordering::Relaxed) != 0 {
+        } else if again && ordered {
             self.shared.switch_tiers(None);
             self.tiers = tiers_of(&self.shared, &self.add.tiers);
             self.standbys.drain(..).for_each(|s| kill(s.pid, libc::SIGKILL));
         }
+        if first || ordered {
+            self.shared.board.tiers_changing.store(CHANGE_ORDERED, Ordering::Relaxed);
+        }
+        first
     }
 
     /// A worker is live, with the tiers that hold.

@@ -55,8 +55,11 @@ fn tiers_that_nobody_got_live_with_give_way_to_those_before() {
     hearing(|supervisor, _worker| {
         let (shared, list) = (supervisor.shared.clone(), "ram\nblock:/dev/x");
         assert!(shared.switch_tiers(Some(list)));
-        // A death of whoever serves is no reason yet: he may have been live with them.
-        supervisor.settle_tiers(false);
+        // That the one before was killed for hanging, and not for them, is no reason yet.
+        assert!(supervisor.settle_tiers(true));
+        assert_eq!(shared.tiers().as_deref(), Some(list));
+        // Nor is the death of whoever serves, ordered by an earlier supervisor: he may have been live with them.
+        assert!(!supervisor.settle_tiers(false));
         assert_eq!(shared.tiers().as_deref(), Some(list));
         for (holds, count) in [(None, 0), (Some(list), 2), (None, 0)] {
             supervisor.settle_tiers(true);
