@@ -56,6 +56,7 @@ pub(super) enum Sleep {
 pub(super) struct Identity {
     pub id: TierKey,
     pub bytes: u64,
+    #[cfg_attr(not(feature = "s3"), allow(dead_code, reason = "an export has no objects"))]
     pub extent_bytes: u64,
 }
 

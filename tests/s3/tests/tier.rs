@@ -31,7 +31,8 @@ fn configured(tier: &str) -> StoreConfig {
     StoreConfig { tiers, s3: Some(S3::new()), ..StoreConfig::default() }
 }
 
-/// 64 MiB of a bucket's below 8 MiB of memory, with little patience.
+/// 64 MiB of a bucket's below 8 MiB of memory. Where a test waits for the time-out it says a short one: a busy machine
+/// lets a server be away for seconds.
 fn config(server: &Server, options: &str) -> StoreConfig {
     configured(&server.tier("/node1", &format!(",credentials={}{options}", at(server).join("credentials").display())))
 }
@@ -129,7 +130,7 @@ fn random_pages_are_what_they_were_last() {
 fn errors_of_a_server_are_tried_again_and_then_told() {
     let dir = Dir::new("s3-errors");
     let server = start(&dir);
-    let store = Store::open(config(&server, "")).unwrap();
+    let store = Store::open(config(&server, ",timeout=2s")).unwrap();
     let mut lane = store.create_volume(1 << 30).unwrap().lane().unwrap();
     write(&mut lane, 0..PAGES / 2, 1);
     // It takes nothing more: what is written stays in memory while that has room.
@@ -177,7 +178,7 @@ fn errors_of_a_server_are_tried_again_and_then_told() {
 fn a_write_that_may_be_done_later_keeps_its_place() {
     let dir = Dir::new("s3-late");
     let server = start(&dir);
-    let store = Store::open(config(&server, "")).unwrap();
+    let store = Store::open(config(&server, ",timeout=2s")).unwrap();
     let mut lane = store.create_volume(1 << 30).unwrap().lane().unwrap();
     write(&mut lane, 0..2000, 1);
     server.fail("PUT", Some(504));
@@ -315,7 +316,7 @@ fn a_bucket_that_comes_back_empty_has_lost_its_pages_and_no_others() {
 fn a_server_that_hangs_is_waited_for_and_then_is_gone() {
     let dir = Dir::new("s3-hangs");
     let server = start(&dir);
-    let store = Store::open(config(&server, "")).unwrap();
+    let store = Store::open(config(&server, ",timeout=2s")).unwrap();
     let mut lane = store.create_volume(1 << 30).unwrap().lane().unwrap();
     write(&mut lane, 0..PAGES, 1);
     // For less than the time-out: reads wait.

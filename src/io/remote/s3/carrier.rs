@@ -206,11 +206,13 @@ impl Carrier {
     }
 
     /// Begins what is to be done: reads first, and writes on half of the connections at most, so that a page never
-    /// waits for all of them to have sent a segment.
+    /// waits for all of them to have sent a segment. But on a quarter of them writes come first: where there are always
+    /// more reads than connections, memory would never have room again.
     fn start_some(&mut self) {
         while let Some(place) = self.running.iter().position(Option::is_none) {
             let writes = self.running.iter().flatten().filter(|held| held.request.kind != Kind::Read).count();
-            let next = match self.reads.pop_front() {
+            let due = if writes < self.connections / 4 { self.writes.pop_front() } else { None };
+            let next = match due.or_else(|| self.reads.pop_front()) {
                 Some(held) => Some(held),
                 None if writes < self.connections.div_ceil(2) => self.writes.pop_front(),
                 None => None,

@@ -99,7 +99,7 @@ impl Server {
 
     /// The tier, keys aside.
     pub fn tier(&self, prefix: &str, options: &str) -> String {
-        format!("s3:{BUCKET}{prefix},endpoint=http://127.0.0.1:{},size=64M,timeout=2s{options}", self.port)
+        format!("s3:{BUCKET}{prefix},endpoint=http://127.0.0.1:{},size=64M,timeout=10s{options}", self.port)
     }
 
     pub fn port(&self) -> u16 {
