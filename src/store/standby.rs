@@ -23,7 +23,7 @@ use std::thread::{JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
 /// Stack of a background thread: a front end makes all of it resident, so no more than needed.
-const STACK_BYTES: usize = 96 << 10;
+const STACK_BYTES: usize = 64 << 10;
 /// What rehearsing anew may take.
 const REHEARSAL_COST: u64 = 4 << 20;
 /// How long a tier that is being tried waits for memory, and what it leaves to others.

@@ -53,7 +53,7 @@ const REFUSAL_PAUSE: Duration = Duration::from_millis(20);
 /// How often a queue shows that it goes on.
 const BEAT_EVERY: Duration = Duration::from_millis(500);
 /// Stack of a queue's thread: all of it is made resident, so no more than needed.
-const STACK_BYTES: usize = 96 << 10;
+const STACK_BYTES: usize = 64 << 10;
 /// Marks the retry timer's completion.
 const TIMER: u64 = UblkUringData::Target as u64;
 /// Marks the beat's completion.
