@@ -11,7 +11,7 @@ for try in 1 2 3 4 5 6 7 8 9 10; do
     sleep 0.5
 done
 nbdinfo "$uri"
-for pid in $server $(busybox pgrep -P $server); do
+for pid in $server $(pidof nbd-worker) $(pidof nbd-standby || true); do
     awk -v score="$(cat /proc/$pid/oom_score_adj)" '
         /^Vm(Lck|RSS|Swap|Exe)/ { kib[$1] = $2 }
         END {
