@@ -47,7 +47,11 @@ impl Mover {
         let tell = for_long.is_some_and(|for_long| self.standing.told_away || for_long >= TELL_AFTER);
         match (tell, std::mem::replace(&mut self.standing.told_away, tell)) {
             (true, false) => remote.tell_why(|why| tracing::warn!("{lower}: {why}; it is waited for")),
-            (false, true) => tracing::warn!("{lower}: there again"),
+            (false, true) => {
+                tracing::warn!("{lower}: there again");
+                // What it failed for before may be over.
+                self.standing.resting_until = None;
+            }
             _ => {}
         }
         if away && remote.is_lost() && !lower.counts.failing.load(Ordering::Relaxed) {

@@ -6,7 +6,7 @@
 //!                            EXTENT its number, 8 of them
 //!
 //! header   8 bytes magic · 8 version · 16 ID, as a disk's first block (`io/backing.rs`)
-//!          16 a hash of the machine's id · 1 length of its name · the name
+//!          16 a hash of the machine's id and name · 1 length of the name · the name
 //! ```
 //! A store's objects bear its tier's id, so nothing that an earlier store of the same prefix sent, and that comes late,
 //! meets them. Within a store a name is used again, when its extent is: `tier/late.rs` keeps those apart.
@@ -319,15 +319,13 @@ fn header(id: &TierKey) -> Bytes {
     Bytes::copy_from_slice(&head)
 }
 
-/// A hash of what this machine is known by, and its name. The id itself is not to be told (machine-id(5)).
+/// A hash of what this machine is known by, and its name. Its id is not to be told (machine-id(5)).
 fn machine() -> ([u8; 16], String) {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default().trim().to_owned();
     let name = read("/proc/sys/kernel/hostname");
-    let id = match read("/etc/machine-id") {
-        id if id.is_empty() => name.clone(),
-        id => id,
-    };
-    (xxh3_128(format!("ghostswap {id}").as_bytes()).to_be_bytes(), name)
+    // Containers of one image may have one id, and then their names keep them apart.
+    let id = read("/etc/machine-id");
+    (xxh3_128(format!("ghostswap {id} {name}").as_bytes()).to_be_bytes(), name)
 }
 
 #[cfg(test)]
