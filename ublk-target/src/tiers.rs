@@ -1,11 +1,11 @@
 //! `tier` and `writeback`: the tiers of a device in use. The daemon does the work; here it is asked for and watched.
 
-use crate::cli::Tier;
+use crate::cli::{self, Tier};
 use crate::control::{Request, TierChange};
 use crate::progress::Progress;
 use crate::{carry_out, describe, signals};
 use anyhow::{anyhow, bail, Result};
-use ghostswap::config::format_size;
+use ghostswap::config::{format_size, TierSettings};
 use serde_json::{json, Value};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -22,7 +22,7 @@ const CHANGE_PATIENCE: Duration = Duration::from_secs(180);
 pub fn run(command: Tier) -> Result<()> {
     match command {
         Tier::List { id, json } => list(id, json),
-        Tier::Set { id, limit } => carry_out(id, &Request::Tier { what: TierChange::Limit(limit) }),
+        Tier::Set { id, words } => set(id, &cli::settings(&words).map_err(|why| anyhow!(why))?),
         Tier::Add { id, spec } => {
             let what = |order| TierChange::Add { spec: spec.to_string(), order };
             change(id, what).map_err(|e| anyhow!("ublkb{id} serves on as it was: {e:#}"))
@@ -59,6 +59,18 @@ fn list(id: u32, as_json: bool) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// What the worker does itself is done when it is answered; for the rest another takes over.
+fn set(id: u32, settings: &TierSettings) -> Result<()> {
+    let what = |order| TierChange::Set { spec: settings.to_string(), order };
+    match settings.split() {
+        (_, None) => carry_out(id, &Request::Tier { what: what(0) }),
+        (now, Some(later)) => change(id, what).map_err(|e| match now {
+            None => anyhow!("ublkb{id} serves on as it was: {e:#}"),
+            Some(now) => anyhow!("see ghostswap-ublk tier list {id} whether {now} holds; not so {later}: {e:#}"),
+        }),
+    }
 }
 
 /// Has the tiers changed, and waits until they are.
