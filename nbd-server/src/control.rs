@@ -179,7 +179,11 @@ pub fn add_tier(path: &Path, tier: &TierConfig) -> Result<()> {
 
 /// Has settings of a tier changed.
 pub fn set_tier(path: &Path, settings: &TierSettings) -> Result<()> {
-    change_of_tiers(path, &Request::SetTier { spec: settings.to_string() })
+    let request = Request::SetTier { spec: settings.to_string() };
+    match settings.split() {
+        (_, None) => change(path, &request),
+        _ => change_of_tiers(path, &request),
+    }
 }
 
 /// Has it emptied, and removed. When `ended` says so, or anything comes between, it is in use again.
@@ -252,8 +256,7 @@ fn change_of_tiers(path: &Path, request: &Request) -> Result<()> {
     let before = ask(path, &Request::Status)?;
     let stream = UnixStream::connect(path).with_context(|| format!("no server listens at {}", path.display()))?;
     if let Some(answer) = ask_at(stream, request, TIERS_PATIENCE)? {
-        // Answered, it needed nobody else.
-        return checked(answer).map(drop);
+        checked(answer)?;
     }
     let begun = Instant::now();
     while begun.elapsed() < ANSWER_PATIENCE {

@@ -58,7 +58,8 @@ struct Args {
     /// Listen at this Unix socket for `ghostswap-nbd exports`
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
-    /// Where pages are kept: ram[,limit=SIZE|PERCENT%][,codec=lz4|zstd[:LEVEL]][,group=SIZE]. A second one: how they are
+    /// Where pages are kept: ram[,limit=SIZE|PERCENT%][,codec=lz4|zstd[:LEVEL]][,group=SIZE]
+    /// [,high=PERCENT%][,low=PERCENT%]. A second one: how they are
     /// compressed again when they have lain still, as in ram,codec=zstd:3,group=64K,idle=10m. Last, what lies below
     /// memory: file:PATH,size=SIZE, block:DEVICE or another server's export, nbd:URI
     #[arg(long, value_name = "SPEC")]

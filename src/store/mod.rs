@@ -109,7 +109,7 @@ pub(crate) struct Shared {
     pub limit: AtomicU64,
     /// What of it is a second tier's own.
     pub own_limit: AtomicU64,
-    /// Likewise, by [`Tuned`].
+    /// Other numbers of the configuration, or set since, by [`Tuned`].
     tuned: [AtomicU32; 3],
     /// Pages of some volume are to go below whether memory is short or not.
     pub some_below: AtomicBool,
@@ -125,7 +125,7 @@ pub(crate) struct Shared {
     lanes: Mutex<Vec<bool>>,
     /// How many there are.
     volumes: Mutex<usize>,
-    /// Held while the limit is set.
+    /// Held while limits and other settings are changed.
     changing: Mutex<()>,
     /// Held by growth, by the cleaner and by the mover while they do anything.
     pub quiet: [Mutex<()>; 3],

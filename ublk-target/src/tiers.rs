@@ -63,21 +63,31 @@ fn list(id: u32, as_json: bool) -> Result<()> {
 
 /// What the worker does itself is done when it is answered; for the rest another takes over.
 fn set(id: u32, settings: &TierSettings) -> Result<()> {
-    let what = |order| TierChange::Set { spec: settings.to_string(), order };
+    let order = new_order();
+    let what = TierChange::Set { spec: settings.to_string(), order };
+    carry_out(id, &Request::Tier { what })?;
     match settings.split() {
-        (_, None) => carry_out(id, &Request::Tier { what: what(0) }),
-        (now, Some(later)) => change(id, what).map_err(|e| match now {
-            None => anyhow!("ublkb{id} serves on as it was: {e:#}"),
-            Some(now) => anyhow!("see ghostswap-ublk tier list {id} whether {now} holds; not so {later}: {e:#}"),
-        }),
+        (_, None) => Ok(()),
+        (None, Some(_)) => await_change(id, order).map_err(|e| anyhow!("ublkb{id} serves on as it was: {e:#}")),
+        (Some(now), Some(later)) => {
+            await_change(id, order).map_err(|e| anyhow!("{now} holds, {later} does not: {e:#}"))
+        }
     }
+}
+
+fn new_order() -> u64 {
+    let since_1970 = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    since_1970.as_nanos() as u64 | 1
 }
 
 /// Has the tiers changed, and waits until they are.
 fn change(id: u32, what: impl Fn(u64) -> TierChange) -> Result<()> {
-    let since_1970 = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    let order = since_1970.as_nanos() as u64 | 1;
+    let order = new_order();
     carry_out(id, &Request::Tier { what: what(order) })?;
+    await_change(id, order)
+}
+
+fn await_change(id: u32, order: u64) -> Result<()> {
     let begun = Instant::now();
     while begun.elapsed() < CHANGE_PATIENCE {
         // Under pressure a look may come to nothing: then the next one.

@@ -105,6 +105,8 @@ while [ $n -lt "$rounds" ]; do
         sleep "0.$((n % 10))"
         kill -9 "$(number pid)" 2> /dev/null || true
         wait $setting || echo "round $n: $(cat /tmp/why)"
+        # It may have been the one of the new codec: while it is being followed nothing is changed.
+        sleep 2
     fi
     ghostswap-ublk tier set 0 ram "$packing" || fail "round $n: set codec and group"
     holds
@@ -112,7 +114,7 @@ while [ $n -lt "$rounds" ]; do
     [ "$(number used_bytes)" -gt $((4 << 20)) ] || fail "round $n: $(number used_bytes) bytes went down"
     if [ $((n % 3)) = 2 ]; then
         # Ended at once, the tier is used on.
-        if timeout 2 ghostswap-ublk tier remove 0 2> /dev/null; then fail "round $n: removed within a moment"; fi
+        if timeout 1 ghostswap-ublk tier remove 0 2> /dev/null; then fail "round $n: removed within a moment"; fi
         ghostswap-ublk tier list 0 | grep -q '^disk.* used ' || fail "round $n: not used any more"
         ghostswap-ublk tier remove 0 2> /tmp/why & removing=$!
         sleep "1.$((n % 10))"
