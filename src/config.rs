@@ -3,12 +3,14 @@
 
 mod nbd;
 mod s3;
+mod settings;
 mod tier;
 
 pub use nbd::{NbdAddress, NbdPlace, NbdTls};
 pub use s3::S3Place;
+pub use settings::{TierName, TierSettings};
 pub(crate) use tier::MIN_DISK_BYTES;
-pub use tier::{parse_time, DiskTier, Place, RamTier, TierConfig};
+pub use tier::{parse_time, DiskTier, Marks, Place, RamTier, TierConfig};
 
 use crate::error::{Error, Result};
 use crate::io::{Callers, Tls, S3};
@@ -150,7 +152,7 @@ pub fn default_tiers() -> Vec<TierConfig> {
 pub fn with_tier(tiers: &[TierConfig], below: TierConfig) -> Result<Vec<TierConfig>> {
     let bad = |why: String| Err(Error::InvalidConfig(why));
     if !matches!(below, TierConfig::Disk(_)) {
-        return bad("only a tier below memory can be added: file:, block: or nbd:".into());
+        return bad("only a tier below memory can be added: file:, block:, nbd: or s3:".into());
     }
     let mut all = if tiers.is_empty() { default_tiers() } else { tiers.to_vec() };
     if let Some(TierConfig::Disk(there)) = all.last() {
@@ -226,6 +228,8 @@ pub(crate) struct Checked {
     /// Memory that may be held before pages are compressed again whatever their age.
     pub hot_bytes: u64,
     pub cold: Option<Cold>,
+    /// When segments go where memory has no room for them.
+    pub marks: Marks,
     /// Where segments go that memory has no room for.
     pub below: Option<DiskTier>,
     /// Bytes of it, once it is open.
@@ -290,6 +294,11 @@ impl StoreConfig {
         if tier.idle_s.is_some() || tier.cpu_percent.is_some() {
             return bad("idle= and cpu= belong to a second tier, below the one that is written to".into());
         }
+        if second.is_some_and(|t| t.marks != Marks::default()) {
+            return bad(
+                "high= and low= belong to the first ram tier: they are of all the memory that may be held".into()
+            );
+        }
         let hot_bytes = tier.limit.resolve(ram_bytes);
         let limit_bytes = match second.map(|t| t.limit) {
             None | Some(Limit::Default) => hot_bytes,
@@ -337,6 +346,7 @@ impl StoreConfig {
             codecs_seen: tier.codec.bit(),
             hot_bytes,
             cold,
+            marks: tier.marks,
             below: disk.cloned(),
             below_bytes: 0,
         })
@@ -408,6 +418,7 @@ mod tests {
         assert!(check(&["ram"]).unwrap().cold.is_none() && check(&["file:/x,size=1G"]).unwrap().cold.is_none());
         assert!(check(&["ram", "ram"]).is_err(), "it would compress no better");
         assert!(check(&["ram,idle=5"]).is_err() && check(&["ram,cpu=5%"]).is_err());
+        assert!(check(&["ram", "ram,codec=zstd,high=80%"]).is_err());
         assert!(check(&["ram", "ram,limit=60%,codec=zstd"]).is_err(), "more than there is");
         let below = check(&["ram,limit=100M", "ram,codec=zstd:3,group=64K", "file:/x,size=1G"]).unwrap();
         assert_eq!((below.limit_bytes, below.below.unwrap().size), (100 << 20, Some(1 << 30)));

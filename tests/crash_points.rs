@@ -105,6 +105,8 @@ enum Op {
     Drain,
     /// The memory limit is set, to what it is.
     Limit,
+    /// Other settings of the memory tiers are.
+    Tune,
 }
 
 const RAW: u64 = 3;
@@ -145,6 +147,7 @@ fn history() -> Vec<Op> {
         Clean,
         GiveBack,
         Limit,
+        Tune,
         Reopen,
         // Survivors of groups and of single pages.
         Write(1, 16, 32, SMALL),
@@ -257,6 +260,14 @@ impl<'a> Player<'a> {
                 let limit = self.store.tiers()[0].limit_bytes;
                 self.store.set_limit(Limit::Bytes(limit)).unwrap();
             }
+            Op::Tune => {
+                let set = |text: &str| self.store.set_tier(&text.parse().unwrap()).unwrap();
+                set("ram,high=90%,low=80%");
+                if self.store.tiers().iter().any(|tier| tier.name == "cold") {
+                    set("ram,limit=4M");
+                    set("cold,limit=4M,idle=5,cpu=50%");
+                }
+            }
         }
     }
 
@@ -284,6 +295,9 @@ impl<'a> Player<'a> {
     fn check(&mut self) {
         self.lanes.clear();
         self.store.audit().unwrap();
+        let what = &self.store.tiers()[0].what;
+        let both = ["high=auto,low=auto", "high=90%,low=80%"];
+        assert!(both.iter().any(|marks| what.ends_with(marks)), "half a setting: {what}");
         self.open_lanes();
         let mut got = [0; PAGE];
         for ((v, page), entry) in self.entries {
@@ -323,7 +337,8 @@ impl<'a> Player<'a> {
 
 // --- tiers that come and go -------------------------------------------------------------------------
 
-/// What happens on each of the stores that have the arena in turn: without a tier below, with one, without, with another.
+/// What happens on each of the stores that have the arena in turn: without a tier below, with one, without, with another;
+/// by another codec and back.
 fn stores(file: &str) -> Vec<(String, Vec<Op>)> {
     use Op::*;
     let ram = "ram,limit=4M,codec=lz4";
@@ -335,6 +350,8 @@ fn stores(file: &str) -> Vec<(String, Vec<Op>)> {
         (disk("b"), vec![Demote, Write(1, 5, 20, MIDDLE), Drain]),
         // At once in the place of the other.
         (disk("a"), vec![Demote, Write(0, 2, 10, SMALL)]),
+        (disk("a").replace("lz4", "zstd:1"), vec![Write(0, 8, 6, MIDDLE), Demote]),
+        (disk("a"), vec![Write(1, 5, 4, SMALL)]),
     ]
 }
 

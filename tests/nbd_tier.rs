@@ -7,7 +7,8 @@ mod ledger;
 mod nbdkit;
 mod on_disk;
 
-use ghostswap::{create_arena, Error, Store, StoreConfig, Tls};
+use ghostswap::config::TierSettings;
+use ghostswap::{create_arena, Error, Standby, Store, StoreConfig, Tls};
 use nbdkit::Nbdkit;
 use on_disk::{check, content, wait_for, write, Dir, PAGE, PAGES};
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -428,6 +429,61 @@ fn through_tls_with_a_certificate_of_ones_own() {
     server.change(&["memory", "80M"]);
     server.start_again();
     refused(&tier("localhost/", &given), "refuses");
+}
+
+#[test]
+fn settings_of_a_server_are_tried_before_pages_depend_on_them() {
+    let dir = Dir::new("nbd-set");
+    let at = dir.tier().parent().unwrap().to_owned();
+    certificates(&at);
+    let directory = format!("--tls-certificates={}", at.display());
+    let mut server = on_file(&dir, &["--tls=require", "--tls-verify-peer", &directory]);
+    let file = |name: &str| at.join(name).display().to_string();
+    let tier = format!(
+        "nbd:nbds+unix://localhost/?socket={},size=64M,timeout=5s,ca={},cert={},key={}",
+        file("s"),
+        file("ca-cert.pem"),
+        file("client-cert.pem"),
+        file("client-key.pem")
+    );
+    let before = configured(&tier, "ram,limit=8M");
+    let arena = create_arena(false).unwrap();
+    let store = Store::open_arena(before.clone(), arena.try_clone().unwrap()).unwrap();
+    let mut lane = store.create_volume(1 << 30).unwrap().lane().unwrap();
+    write(&mut lane, 0..PAGES, 1);
+    let attempt = |settings: &str| -> Result<Standby, Error> {
+        let tiers = settings.parse::<TierSettings>().unwrap().apply(&before.tiers)?;
+        let mut standby = Standby::new(StoreConfig { tiers, ..before.clone() }, arena.try_clone().unwrap())?;
+        standby.try_tier()?;
+        Ok(standby)
+    };
+    let refused = |settings: &str, why: &str| {
+        let told = attempt(settings).err().unwrap().to_string();
+        assert!(told.contains(why) && !told.contains('\n'), "{told}");
+    };
+    refused(&format!("disk,ca={}", file("other-cert.pem")), "certificate");
+    refused("disk,ca=/nowhere", "No such file");
+    refused("disk,credentials=/x", "unknown option");
+    server.kill();
+    refused("disk,timeout=9s", "socket");
+    server.start_again();
+    check(&mut lane, 0..PAGES, 1);
+    // The same under other names, as after a renewal.
+    for name in ["ca-cert", "client-cert", "client-key"] {
+        std::fs::copy(at.join(format!("{name}.pem")), at.join(format!("new-{name}.pem"))).unwrap();
+    }
+    let [ca, cert, key] = ["new-ca-cert.pem", "new-client-cert.pem", "new-client-key.pem"].map(file);
+    let standby = attempt(&format!("disk,ca={ca},cert={cert},key={key},connections=3,timeout=9s")).unwrap();
+    drop((lane, store));
+    let store = standby.open().unwrap();
+    let what = store.tiers().pop().unwrap().what;
+    assert!(what.contains(&format!("connections=3,timeout=9s,ca={ca}")), "{what}");
+    let mut lane = store.open_volume(0).unwrap().lane().unwrap();
+    check(&mut lane, 0..PAGES, 1);
+    write(&mut lane, 0..PAGES, 2);
+    check(&mut lane, 0..PAGES, 2);
+    drop(lane);
+    store.audit().unwrap();
 }
 
 #[test]

@@ -1,16 +1,21 @@
 //! A tier below memory that comes and goes: an arena is opened without one, with one, with another, and keeps its pages.
+//! So it does when the tiers there are get other settings.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod on_disk;
 
-use ghostswap::{create_arena, Error, Lane, Standby, Store, StoreConfig};
-use on_disk::{check, wait_for, write, Dir, PAGE};
+use ghostswap::config::TierSettings;
+use ghostswap::{create_arena, Error, Lane, Standby, Store, StoreConfig, TierConfig};
+use on_disk::{check, content, wait_for, write, Dir, PAGE};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 const PAGES: u64 = 1500;
 const RAM: &str = "ram,limit=24M";
+/// Pages written at once, where they are to be compressed together.
+const RUN: usize = 12;
 
 fn without() -> StoreConfig {
     StoreConfig { tiers: vec![RAM.parse().unwrap()], segment_bytes: Some(64 << 10), ..StoreConfig::default() }
@@ -106,6 +111,81 @@ fn a_tier_is_added_filled_drained_and_removed_again_and_again() {
             assert!(store.stats().table_bytes <= 64 << 10, "{}", store.stats().table_bytes);
         }
         assert!(bytes_of(&path) == left, "something was written to a tier that is none any more");
+    }
+}
+
+#[test]
+fn codecs_groups_and_other_settings_change_again_and_again() {
+    let cycles = std::env::var("GHOSTSWAP_TIER_CYCLES").ok().map_or(21, |n| n.parse().unwrap());
+    let dir = Dir::new("set");
+    let arena = create_arena(false).unwrap();
+    let disk = format!("file:{},size=64M,prealloc=off", dir.tier().display());
+    let mut tiers: Vec<TierConfig> =
+        ["ram,limit=24M", "ram,codec=zstd:3,group=64K,idle=0", &disk].map(|tier| tier.parse().unwrap()).to_vec();
+    let changes = [
+        "ram,codec=zstd:1",
+        "cold,group=16K",
+        "ram,group=64K",
+        "ram,codec=lz4",
+        "cold,codec=zstd:9,group=64K",
+        "ram,group=4K,codec=zstd:-1",
+        "ram,codec=lz4",
+        "cold,codec=lz4,group=32K",
+        "cold,codec=zstd:3,group=64K",
+    ];
+    let mut salts = vec![0u64; PAGES as usize];
+    for n in 0..cycles {
+        let config = StoreConfig { tiers: tiers.clone(), segment_bytes: Some(64 << 10), ..StoreConfig::default() };
+        let (store, lane) = open(config, &arena);
+        // Two that write, each its own half of the pages, while one after another setting changes in the open store.
+        let volume = store.volumes().remove(0);
+        drop(lane);
+        let half = salts.len() / 2;
+        std::thread::scope(|scope| {
+            for (i, mine) in salts.chunks_mut(half).enumerate() {
+                let mut lane = volume.lane().unwrap();
+                scope.spawn(move || {
+                    let base = (i * half) as u64;
+                    for turn in 0..3 {
+                        let salt = (n + 1) * 100 + turn;
+                        for first in
+                            (0..mine.len()).step_by(RUN).filter(|run| n == 0 || (run / RUN + turn as usize) % 3 == 0)
+                        {
+                            let run = first..(first + RUN).min(mine.len());
+                            let bytes: Vec<u8> =
+                                run.clone().flat_map(|page| content(base + page as u64, salt)).collect();
+                            lane.write((base + first as u64) * PAGE as u64, &bytes).unwrap();
+                            mine[run].fill(salt);
+                            let other = first * 7 % mine.len();
+                            if mine[other] > 0 {
+                                check(&mut lane, base + other as u64..base + other as u64 + 1, mine[other]);
+                            }
+                        }
+                    }
+                });
+            }
+            for (at, settings) in [
+                "ram,high=30%,low=10%",
+                "cold,idle=1h",
+                "ram,high=auto,low=auto,limit=20M",
+                "cold,idle=0",
+                "ram,limit=24M,high=10%",
+            ]
+            .iter()
+            .enumerate()
+            {
+                std::thread::sleep(Duration::from_millis(10 + at as u64));
+                store.set_tier(&settings.parse().unwrap()).unwrap();
+            }
+        });
+        let mut lane = volume.lane().unwrap();
+        (0..PAGES).for_each(|page| check(&mut lane, page..page + 1, salts[page as usize]));
+        drop((lane, volume));
+        let settings: TierSettings = changes[n as usize % changes.len()].parse().unwrap();
+        tiers = settings.apply(&tiers).unwrap();
+        store.audit().unwrap();
+        assert!(store.tiers()[0].what.ends_with("high=10%,low=auto"), "cycle {n}: {:?}", store.tiers());
+        wait_for("moving down", || disk_live(&store) > 1 << 20);
     }
 }
 

@@ -10,6 +10,7 @@
 //! | `{"cmd":"tiers"}` | `{"ok":true,"tiers":[…],"disk":{…}}`: what each holds |
 //! | `{"cmd":"empty","empty":true}` | `{"ok":true}`: the tier below is being drained, unless what lies there does not fit into memory; false: it is used again |
 //! | `{"cmd":"addtier","spec":"block:/dev/x"}`, `{"cmd":"removetier"}` | as `upgrade` |
+//! | `{"cmd":"settier","spec":"ram,limit=4G"}` | `{"ok":true}` once it holds; if the store has to be opened anew for it (`codec` and others), as `upgrade` |
 //! | `{"cmd":"upgrade"}` | none, if the upgrade begins: the connection ends with this worker, and the next one's status tells the rest |
 //!
 //! A refusal is `{"ok":false,"error":"one line"}`.
@@ -19,7 +20,7 @@ use crate::listen::Listener;
 use crate::supervise::Desk;
 use crate::{tiers, VERSION};
 use anyhow::{anyhow, bail, Context, Result};
-use ghostswap::config::{format_size, with_tier, without_tier, TierConfig};
+use ghostswap::config::{format_size, with_tier, without_tier, TierConfig, TierSettings};
 use serde::{Deserialize, Serialize};
 use serde_json::{json, Value};
 use socket2::Socket;
@@ -59,12 +60,13 @@ pub enum Request {
     Empty { empty: bool },
     AddTier { spec: String },
     RemoveTier,
+    SetTier { spec: String },
 }
 
 impl Request {
-    /// Carried out by this process's end.
+    /// Carried out by this process's end, or perhaps by it.
     fn ends_worker(&self) -> bool {
-        matches!(self, Request::Upgrade | Request::AddTier { .. } | Request::RemoveTier)
+        matches!(self, Request::Upgrade | Request::AddTier { .. } | Request::RemoveTier | Request::SetTier { .. })
     }
 }
 
@@ -90,6 +92,7 @@ fn carry_out(exports: &Exports, desk: &Desk, request: serde_json::Result<Request
             Some(name) => Err(format!("export '{name}' has tiers=below: remove it first")),
             None => change_tiers(desk, without_tier).map_err(|e| format!("{e:#}")),
         },
+        Ok(Request::SetTier { spec }) => spec.parse().and_then(|settings| change_settings(exports, desk, &settings)),
         Ok(Request::List) => return json!({"ok": true, "exports": exports.describe()}),
         Ok(Request::Add { spec }) => {
             spec.parse::<ExportConfig>().and_then(|config| exports.add(&config).map_err(|e| e.to_string()))
@@ -106,6 +109,18 @@ fn carry_out(exports: &Exports, desk: &Desk, request: serde_json::Result<Request
 /// Returns only what keeps it from being done.
 fn change_tiers(desk: &Desk, changed: impl FnOnce(&[TierConfig]) -> ghostswap::Result<Vec<TierConfig>>) -> Result<()> {
     desk.change_tiers(&tiers::texts(&changed(desk.tiers())?))
+}
+
+/// What the store takes as it comes is done first, when it is known that the tiers may be as they are to be.
+fn change_settings(exports: &Exports, desk: &Desk, settings: &TierSettings) -> std::result::Result<(), String> {
+    let (now, later) = settings.split();
+    later.iter().try_for_each(|later| later.apply(desk.tiers()).map(drop)).map_err(|e| e.to_string())?;
+    now.iter().try_for_each(|now| exports.store().set_tier(now)).map_err(|e| e.to_string())?;
+    let Some(later) = later else { return Ok(()) };
+    change_tiers(desk, |tiers| later.apply(tiers)).map_err(|e| match now {
+        None => format!("the server serves on as it was: {e:#}"),
+        Some(now) => format!("{now} holds, {later} does not: {e:#}"),
+    })
 }
 
 fn serve_one(listener: &Listener, exports: &Arc<Exports>, desk: &Desk) -> std::io::Result<()> {
@@ -160,6 +175,15 @@ fn checked(answer: Value) -> Result<Value> {
 pub fn add_tier(path: &Path, tier: &TierConfig) -> Result<()> {
     change_of_tiers(path, &Request::AddTier { spec: tier.to_string() })
         .map_err(|e| anyhow!("the server serves on as it was: {e:#}"))
+}
+
+/// Has settings of a tier changed.
+pub fn set_tier(path: &Path, settings: &TierSettings) -> Result<()> {
+    let request = Request::SetTier { spec: settings.to_string() };
+    match settings.split() {
+        (_, None) => change(path, &request),
+        _ => change_of_tiers(path, &request),
+    }
 }
 
 /// Has it emptied, and removed. When `ended` says so, or anything comes between, it is in use again.

@@ -7,7 +7,7 @@
 
 use anyhow::{bail, Context, Result};
 use clap::{ArgGroup, Parser, Subcommand, ValueEnum};
-use ghostswap::config::parse_size;
+use ghostswap::config::{parse_size, TierSettings};
 use ghostswap::{create_arena, Standby, StoreConfig, TierConfig};
 use ghostswap_nbd::export::{check_table, ExportConfig, Exports};
 use ghostswap_nbd::handshake::Offer;
@@ -58,7 +58,8 @@ struct Args {
     /// Listen at this Unix socket for `ghostswap-nbd exports`
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
-    /// Where pages are kept: ram[,limit=SIZE|PERCENT%][,codec=lz4|zstd[:LEVEL]][,group=SIZE]. A second one: how they are
+    /// Where pages are kept: ram[,limit=SIZE|PERCENT%][,codec=lz4|zstd[:LEVEL]][,group=SIZE]
+    /// [,high=PERCENT%][,low=PERCENT%]. A second one: how they are
     /// compressed again when they have lain still, as in ram,codec=zstd:3,group=64K,idle=10m. Last, what lies below
     /// memory: file:PATH,size=SIZE, block:DEVICE or another server's export, nbd:URI
     #[arg(long, value_name = "SPEC")]
@@ -171,6 +172,15 @@ enum TierCommand {
         #[arg(value_parser = below)]
         spec: TierConfig,
     },
+    /// Change settings of a tier, while exports are served
+    #[command(after_help = SETTABLE)]
+    Set {
+        #[command(flatten)]
+        at: At,
+        /// Its name in `tier list` and what to set, in the words of --tier, as in ram limit=4G,high=90%,low=80%
+        #[arg(value_name = "NAME KEY=VALUE", required = true)]
+        words: Vec<String>,
+    },
     /// Empty the tier below memory and do without it from then on; ended halfway, it stays in use
     Remove {
         #[command(flatten)]
@@ -178,10 +188,16 @@ enum TierCommand {
     },
 }
 
+/// What `tier set` can set.
+const SETTABLE: &str = "\
+ram   limit, high, low; codec, group: clients have to connect again
+cold  limit, idle, cpu; codec, group: clients have to connect again
+disk  timeout, connections, ca, cert, key, credentials, profile: likewise";
+
 /// What `tier add` can add.
 fn below(text: &str) -> std::result::Result<TierConfig, String> {
     match text.parse()? {
-        TierConfig::Ram(_) => Err("only a tier below memory can be added: file:, block: or nbd:".into()),
+        TierConfig::Ram(_) => Err("only a tier below memory can be added: file:, block:, nbd: or s3:".into()),
         tier => Ok(tier),
     }
 }
@@ -191,6 +207,10 @@ impl TierCommand {
         match self {
             TierCommand::List { at, json } => println!("{}", control::list_tiers(&at.control, json)?),
             TierCommand::Add { at, spec } => control::add_tier(&at.control, &spec)?,
+            TierCommand::Set { at, words } => {
+                let settings = words.join(",").parse::<TierSettings>().map_err(bad_usage)?;
+                control::set_tier(&at.control, &settings)?;
+            }
             TierCommand::Remove { at } => {
                 let ended = Arc::new(AtomicBool::new(false));
                 for signal in [SIGINT, SIGTERM] {

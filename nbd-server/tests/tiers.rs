@@ -16,6 +16,7 @@ const PAGE: u64 = 4096;
 const PAGES: u64 = 7000;
 const KEPT: u64 = 2500;
 const CYCLES: u64 = 6;
+const SETTINGS: u64 = 20;
 
 fn noise(page: u64, version: u64) -> Vec<u8> {
     let mut state = page << 20 | version << 1 | 1;
@@ -171,6 +172,94 @@ fn a_tier_comes_and_goes_under_load() {
             assert_eq!(tiered.live_below(), None, "cycle {n}");
             tiered.compare(KEPT, n);
         }
+        drop(stopping);
+        loading.join().unwrap();
+    });
+    tiered.server.end();
+}
+
+#[test]
+fn settings_change_under_load_and_hold() {
+    let tiered = Tiered::start("settings");
+    let second = format!("file:{}/cold,size=64M,prealloc=off", tiered.server.directory.display());
+    tiered.does(&["tier", "add", &second]);
+    let what = |name: &str| {
+        let all: serde_json::Value = serde_json::from_str(&tiered.does(&["tier", "list", "--json"])).unwrap();
+        let tier = all["tiers"].as_array().unwrap().iter().find(|tier| tier["name"] == name).cloned().unwrap();
+        (tier["limit_bytes"].as_u64().unwrap() >> 20, tier["what"].as_str().unwrap().to_owned())
+    };
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let loading = scope.spawn(|| load(&tiered.server, &stop));
+        let stopping = Stop(&stop);
+        let mut client = tiered.client();
+        (0..PAGES).for_each(|page| client.write_page(page, &noise(page, 0)));
+        drop(client);
+        // In place: who is connected stays so.
+        let worker = tiered.server.worker();
+        tiered.does(&["tier", "set", "ram,limit=20M"]);
+        tiered.does(&["tier", "set", "ram", "high=60%", "low=40%"]);
+        assert_eq!(tiered.server.worker(), worker);
+        for n in 0..SETTINGS {
+            let codec = ["zstd:1", "lz4"][n as usize % 2];
+            let group = ["4", "16", "64"][n as usize % 3];
+            let done = || tiered.ask(&["tier", "set", "ram", &format!("codec={codec},group={group}K")]);
+            if n == 4 {
+                // In the middle of it, as it may be; then once more.
+                let setting = scope.spawn(done);
+                std::thread::sleep(Duration::from_millis(150));
+                let worker = tiered.server.worker();
+                kill("KILL", worker);
+                tiered.server.next_worker(worker);
+                drop(setting.join().unwrap());
+            }
+            let output = done();
+            assert!(output.status.success(), "{output:?}");
+            match n {
+                2 => {
+                    let worker = tiered.server.worker();
+                    kill("KILL", worker);
+                    tiered.server.next_worker(worker);
+                }
+                7 => drop(tiered.does(&["upgrade"])),
+                _ => {}
+            }
+            let held = (20, format!("codec={codec},group={group}K,high=60%,low=40%"));
+            assert_eq!(what("ram"), held, "cycle {n}");
+            let mut client = tiered.client();
+            (n % 5..PAGES).step_by(5).for_each(|page| client.write_page(page, &noise(page, n)));
+            (n % 5..PAGES).step_by(5).for_each(|page| assert!(client.read_page(page) == noise(page, n), "page {page}"));
+        }
+        // Both kinds at once.
+        tiered.does(&["tier", "set", "ram,limit=24M,codec=zstd:3,high=auto"]);
+        assert_eq!(what("ram"), (24, "codec=zstd:3,group=16K,high=auto,low=40%".into()));
+        tiered.does(&["tier", "set", "ram,low=auto"]);
+        let mut client = tiered.client();
+        for page in 0..PAGES {
+            let last = (0..SETTINGS).rev().find(|n| page % 5 == n % 5).unwrap();
+            assert!(client.read_page(page) == noise(page, last), "page {page}");
+        }
+        drop(client);
+        let worker = tiered.server.worker();
+        for (code, words, why) in [
+            (2, "ram,limit=1K", "too small"),
+            (2, "ram,high=95%", "from 2% to 93%"),
+            (2, "ram,high=50%,low=60%", "must be below"),
+            (2, "hot,limit=1G", "tiers are ram, cold, disk"),
+            (2, "ram,idle=5m", "cannot be set of ram"),
+            (2, "disk,encrypt=off", "remove the tier"),
+            (2, "disk,size=1G", "remove the tier"),
+            (2, "ram", "what to set"),
+            (1, "ram,limit=1G", "made for"),
+            (1, "ram,limit=4M,codec=lz4", "needs"),
+            (1, "cold,idle=5m", "no second memory tier"),
+            (1, "cold,codec=zstd:5", "no second memory tier"),
+            (1, "disk,timeout=5s", "of a file tier"),
+        ] {
+            tiered.refuses(code, &["tier", "set", words], why);
+        }
+        assert_eq!(tiered.server.worker(), worker);
+        assert_eq!(what("ram"), (24, "codec=zstd:3,group=16K,high=auto,low=auto".into()));
         drop(stopping);
         loading.join().unwrap();
     });

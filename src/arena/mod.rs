@@ -31,6 +31,7 @@ pub(crate) use resident::Resident;
 pub(crate) use scan::Residency;
 pub use spare::Spare;
 pub(crate) use standby::Waiting;
+pub(crate) use superblock::Tuned;
 pub use superblock::VERSION as ARENA_VERSION;
 
 use crate::config::Checked;
@@ -161,6 +162,20 @@ impl Arena {
     }
     pub fn set_limit(&self, configured: u64, bytes: u64) {
         Superblock(&self.map).set_limit(configured, bytes);
+    }
+    /// The same of a second tier's own.
+    pub fn own_limit(&self, configured: u64) -> Option<u64> {
+        Superblock(&self.map).own_limit(configured)
+    }
+    pub fn set_own_limit(&self, configured: u64, bytes: u64) {
+        Superblock(&self.map).set_own_limit(configured, bytes);
+    }
+    /// Likewise.
+    pub fn tuned(&self, what: Tuned, configured: u32) -> Option<u32> {
+        Superblock(&self.map).tuned(what, configured)
+    }
+    pub fn tune(&self, what: Tuned, configured: u32, set: u32) {
+        Superblock(&self.map).tune(what, configured, set);
     }
     /// Notes what is about to be written: most pages to a record, codecs.
     pub fn allow(&self, group_pages: usize, codecs: u64) {

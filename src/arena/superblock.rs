@@ -9,6 +9,9 @@
 //!      136 memory limit by the configuration when 144 was set · 144 the limit in its place, 0: none
 //!      152 1: the disk tier is being drained · 160 extents of that tier
 //!      168 no segment was sealed with a greater number when a part of the table was given back
+//!      176 a second memory tier's own limit by the configuration when 184 was set · 184 the one in its place, 0: none
+//!      192 three words, of idle time, share of a processor, marks: set in the configuration's place, and one; 0: none;
+//!          in the upper half the configuration's when it was set
 //!     1024 64 of 4 bytes: extents of a tier behind a server to which writes may come late, and one; 0: none
 //!     4096 the volumes, 64 bytes each: 0 size in bytes, 0: no such volume · 32 the 8 links of its map's root
 //! ```
@@ -45,8 +48,11 @@ const DRAIN_AT: usize = 152;
 const EXTENTS_AT: usize = 160;
 const SEQUENCE_AT: usize = 168;
 const FIELDS_END: usize = 176;
-/// Within the superblock's 4 KiB, which are zero where nothing is said of them. Not among the fields that an arena
-/// has before its magic.
+/// Not among the fields that an arena has before its magic; nor what follows.
+const OWN_OF_AT: usize = 176;
+const OWN_AT: usize = 184;
+const TUNED_AT: usize = 192;
+/// Within the superblock's 4 KiB, which are zero where nothing is said of them.
 const LATE_AT: usize = 1024;
 const VOLUMES_AT: usize = START_BYTES;
 const VOLUME_BYTES: usize = 64;
@@ -156,6 +162,17 @@ fn is_whole(id: &[u8; 16]) -> bool {
     id[..8] != [0; 8] && id[8..] != [0; 8]
 }
 
+/// What else can be set of tiers, each a number.
+#[derive(Clone, Copy)]
+pub(crate) enum Tuned {
+    /// Seconds after which pages are compressed again.
+    Idle = 0,
+    /// Percent of a processor that this may take.
+    Cpu = 1,
+    /// When segments go down: two numbers, so that both change at once.
+    Marks = 2,
+}
+
 /// The superblock of a mapped arena.
 pub(super) struct Superblock<'a>(pub &'a Mapping);
 
@@ -245,6 +262,34 @@ impl<'a> Superblock<'a> {
             crash_point!("superblock: before a part of the limit");
             self.0.u64_at(at).store(v, Ordering::Release);
         }
+    }
+
+    /// What a second tier may hold beside the first, likewise.
+    pub fn own_limit(&self, configured: u64) -> Option<u64> {
+        let [of, set] = [OWN_OF_AT, OWN_AT].map(|at| self.0.u64_at(at).load(Ordering::Acquire));
+        (set != 0 && of == configured).then_some(set)
+    }
+
+    /// Likewise.
+    pub fn set_own_limit(&self, configured: u64, bytes: u64) {
+        for (at, v) in [(OWN_AT, 0), (OWN_OF_AT, configured), (OWN_AT, bytes)] {
+            crash_point!("superblock: before a part of a second tier's limit");
+            self.0.u64_at(at).store(v, Ordering::Release);
+        }
+    }
+
+    /// Another setting in the configuration's place, likewise.
+    pub fn tuned(&self, what: Tuned, configured: u32) -> Option<u32> {
+        let word = self.0.u64_at(TUNED_AT + what as usize * 8).load(Ordering::Acquire);
+        let set = (word as u32).checked_sub(1)?;
+        ((word >> 32) as u32 == configured).then_some(set)
+    }
+
+    /// Likewise.
+    pub fn tune(&self, what: Tuned, configured: u32, set: u32) {
+        crash_point!("superblock: before a setting");
+        let word = u64::from(configured) << 32 | u64::from(set.saturating_add(1));
+        self.0.u64_at(TUNED_AT + what as usize * 8).store(word, Ordering::Release);
     }
 
     /// Not zero: the disk tier is to be empty.
@@ -337,6 +382,14 @@ mod tests {
         block.drain().store(1, Ordering::Relaxed);
         block.late()[63].store(8, Ordering::Relaxed);
         assert_eq!((block.limit(9), block.limit(8)), (Some(7), None));
+        assert_eq!((block.own_limit(0), block.tuned(Tuned::Cpu, 25)), (None, None));
+        block.set_own_limit(0, 5);
+        assert_eq!((block.own_limit(0), block.own_limit(1)), (Some(5), None));
+        let all = [(Tuned::Idle, u32::MAX, 0), (Tuned::Cpu, 25, 3), (Tuned::Marks, 0, 0x5a50)];
+        all.iter().for_each(|(what, of, set)| block.tune(*what, *of, *set));
+        for (what, of, set) in all {
+            assert_eq!((block.tuned(what, of), block.tuned(what, 7)), (Some(set), None));
+        }
         assert_eq!(block.allow(4, 0b10), (4, 0b10));
         assert_eq!(block.allow(1, 0b100), (4, 0b110));
         block.volume_bytes(VolumeId(1)).store(8192, Ordering::Relaxed);

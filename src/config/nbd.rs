@@ -184,9 +184,7 @@ fn decode(text: &str) -> Option<String> {
 impl fmt::Display for NbdPlace {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.connections.map_or(Ok(()), |n| write!(f, ",connections={n}"))?;
-        if self.timeout_s != DEFAULT_TIMEOUT_S {
-            write!(f, ",timeout={}s", self.timeout_s)?;
-        }
+        write!(f, ",timeout={}s", self.timeout_s)?;
         let Some(tls) = &self.tls else { return Ok(()) };
         for (key, path) in [("ca", &tls.ca), ("cert", &tls.cert), ("key", &tls.key)] {
             path.as_ref().map_or(Ok(()), |path| write!(f, ",{key}={}", path.display()))?;

@@ -151,12 +151,6 @@ impl fmt::Display for S3Place {
         for (key, path) in [("ca", &self.ca), ("credentials", &self.credentials)] {
             path.as_ref().map_or(Ok(()), |path| write!(f, ",{key}={}", path.display()))?;
         }
-        if self.connections != DEFAULT_CONNECTIONS {
-            write!(f, ",connections={}", self.connections)?;
-        }
-        if self.timeout_s != DEFAULT_TIMEOUT_S {
-            write!(f, ",timeout={}s", self.timeout_s)?;
-        }
-        Ok(())
+        write!(f, ",connections={},timeout={}s", self.connections, self.timeout_s)
     }
 }

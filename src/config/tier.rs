@@ -11,7 +11,8 @@ use std::str::FromStr;
 /// One `--tier`.
 #[derive(Clone, Debug, PartialEq)]
 pub enum TierConfig {
-    /// `ram[,limit=SIZE|PERCENT%][,codec=lz4|zstd[:LEVEL]][,group=SIZE][,idle=TIME][,cpu=PERCENT%]`
+    /// `ram[,limit=SIZE|PERCENT%][,codec=lz4|zstd[:LEVEL]][,group=SIZE][,high=PERCENT%][,low=PERCENT%][,idle=TIME]
+    /// [,cpu=PERCENT%]`
     Ram(RamTier),
     /// `file:PATH,size=SIZE[,encrypt=off][,prealloc=off]` or `block:PATH[,size=SIZE][,encrypt=off]` or
     /// `nbd:URI[,size=SIZE][,encrypt=off][,connections=N][,timeout=TIME][,ca=PATH][,cert=PATH,key=PATH]` or
@@ -33,6 +34,49 @@ pub struct RamTier {
     pub idle_s: Option<u32>,
     /// Of a second tier: percent of one processor that compressing again may take, unless memory is short. Default: 25.
     pub cpu_percent: Option<u8>,
+    /// Of the first tier: when segments go down to a tier below memory.
+    pub marks: Marks,
+}
+
+/// Percent of the memory that may be held: above `high` the coldest segments go to the tier below, until no more than
+/// `low` is held. The reserve's needs come first, whatever they say.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Marks {
+    /// 2 to 93. None: fifteen sixteenths.
+    pub high: Option<u8>,
+    /// 1 to 92, below `high`. None: when half as much again is free as `high` leaves.
+    pub low: Option<u8>,
+}
+
+/// Above it less would be free than what is swapped out in a burst is to find.
+const MOST_HIGH: u8 = 93;
+
+impl Marks {
+    fn set(&mut self, key: &str, value: &str) -> Result<(), String> {
+        let (mark, least, most) =
+            if key == "high" { (&mut self.high, 2, MOST_HIGH) } else { (&mut self.low, 1, MOST_HIGH - 1) };
+        let percent = value.strip_suffix('%').and_then(|percent| percent.parse().ok());
+        *mark = match percent {
+            _ if value == "auto" => None,
+            Some(percent) if (least..=most).contains(&percent) => Some(percent),
+            _ => return Err(format!("{key}={value}: from {least}% to {most}% of what memory may hold, or auto")),
+        };
+        Ok(())
+    }
+
+    pub(crate) fn check(self) -> Result<(), String> {
+        match (self.low, self.high) {
+            (Some(low), Some(high)) if low >= high => Err(format!("low={low}% must be below high={high}%")),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl fmt::Display for Marks {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let text = |mark: Option<u8>| mark.map_or_else(|| "auto".into(), |percent| format!("{percent}%"));
+        write!(f, "high={},low={}", text(self.high), text(self.low))
+    }
 }
 
 /// A file, a block device, an NBD server's export or a bucket's objects, below memory.
@@ -70,6 +114,34 @@ impl Default for RamTier {
             group: PAGE_BYTES as u32,
             idle_s: None,
             cpu_percent: None,
+            marks: Marks::default(),
+        }
+    }
+}
+
+impl RamTier {
+    /// One more key.
+    pub(super) fn set(&mut self, key: &str, value: &str) -> Result<(), String> {
+        match key {
+            "limit" => self.limit = value.parse()?,
+            "codec" => self.codec = value.parse()?,
+            "group" => self.group = parse_group(value)?,
+            "idle" => self.idle_s = Some(parse_time(value)?),
+            "cpu" => self.cpu_percent = Some(parse_share(value)?),
+            "high" | "low" => self.marks.set(key, value)?,
+            _ => {
+                let known = "limit, codec, group, high, low, idle, cpu";
+                return Err(format!("unknown option '{key}' of a ram tier: known are {known}"));
+            }
+        }
+        Ok(())
+    }
+
+    /// What is wrong with all of it.
+    pub(super) fn check(&self) -> Result<(), String> {
+        match self.limit {
+            Limit::Bytes(b) if b < MIN_LIMIT_BYTES => Err(format!("limit={b} is too small: at least 4M")),
+            _ => self.marks.check(),
         }
     }
 }
@@ -115,7 +187,7 @@ impl FromStr for TierConfig {
     }
 }
 
-fn key_and_value(part: &str) -> Result<(&str, &str), String> {
+pub(super) fn key_and_value(part: &str) -> Result<(&str, &str), String> {
     part.split_once('=').ok_or_else(|| format!("tier option '{part}' wants a value, as in limit=4G"))
 }
 
@@ -123,20 +195,9 @@ fn ram<'a>(options: impl Iterator<Item = &'a str>) -> Result<RamTier, String> {
     let mut tier = RamTier::default();
     for part in options {
         let (key, value) = key_and_value(part)?;
-        match key {
-            "limit" => tier.limit = value.parse()?,
-            "codec" => tier.codec = value.parse()?,
-            "group" => tier.group = parse_group(value)?,
-            "idle" => tier.idle_s = Some(parse_time(value)?),
-            "cpu" => tier.cpu_percent = Some(parse_share(value)?),
-            _ => return Err(format!("unknown option '{key}' of a ram tier: known are limit, codec, group, idle, cpu")),
-        }
+        tier.set(key, value)?;
     }
-    if let Limit::Bytes(b) = tier.limit {
-        if b < MIN_LIMIT_BYTES {
-            return Err(format!("limit={b} is too small: at least 4M"));
-        }
-    }
+    tier.check()?;
     Ok(tier)
 }
 
@@ -144,49 +205,60 @@ fn ram<'a>(options: impl Iterator<Item = &'a str>) -> Result<RamTier, String> {
 pub(crate) const MIN_DISK_BYTES: u64 = 16 << 20;
 
 fn disk<'a>(place: Place, options: impl Iterator<Item = &'a str>) -> Result<DiskTier, String> {
-    let file = matches!(place, Place::File(_));
     let mut tier = DiskTier { place, size: None, encrypt: true, prealloc: true };
     for part in options {
         let (key, value) = key_and_value(part)?;
-        let own = match &mut tier.place {
+        tier.set(key, value)?;
+    }
+    if matches!(tier.place, Place::S3(_)) {
+        tier.size = tier.size.or(Some(DEFAULT_BYTES));
+    }
+    tier.check()?;
+    Ok(tier)
+}
+
+impl DiskTier {
+    /// One more key.
+    pub(super) fn set(&mut self, key: &str, value: &str) -> Result<(), String> {
+        let own = match &mut self.place {
             Place::Nbd(nbd) => nbd.set(key, value),
             Place::S3(s3) => s3.set(key, value),
             Place::File(_) | Place::Block(_) => None,
         };
         if let Some(set) = own {
-            set?;
-            continue;
+            return set;
         }
+        let (kind, known) = match &self.place {
+            Place::File(_) => ("a file", "size, encrypt, prealloc"),
+            Place::Block(_) => ("a block", "size, encrypt"),
+            Place::Nbd(_) => ("an nbd", "size, encrypt, connections, timeout, ca, cert, key"),
+            Place::S3(_) => {
+                ("an s3", "endpoint, region, size, encrypt, connections, timeout, ca, credentials, profile")
+            }
+        };
         match key {
-            "size" => tier.size = Some(parse_size(value)?),
-            "encrypt" => tier.encrypt = on_or_off(key, value)?,
-            "prealloc" if file => tier.prealloc = on_or_off(key, value)?,
-            _ if file => {
-                return Err(format!("unknown option '{key}' of a file tier: known are size, encrypt, prealloc"))
-            }
-            _ if matches!(tier.place, Place::Nbd(_)) => {
-                let known = "size, encrypt, connections, timeout, ca, cert, key";
-                return Err(format!("unknown option '{key}' of an nbd tier: known are {known}"));
-            }
-            _ if matches!(tier.place, Place::S3(_)) => {
-                let known = "endpoint, region, size, encrypt, connections, timeout, ca, credentials, profile";
-                return Err(format!("unknown option '{key}' of an s3 tier: known are {known}"));
-            }
-            _ => return Err(format!("unknown option '{key}' of a block tier: known are size, encrypt")),
+            "size" => self.size = Some(parse_size(value)?),
+            "encrypt" => self.encrypt = on_or_off(key, value)?,
+            "prealloc" if matches!(self.place, Place::File(_)) => self.prealloc = on_or_off(key, value)?,
+            _ => return Err(format!("unknown option '{key}' of {kind} tier: known are {known}")),
         }
+        Ok(())
     }
-    match &tier.place {
-        Place::Nbd(nbd) => nbd.check()?,
-        Place::S3(s3) => {
-            s3.check()?;
-            tier.size = tier.size.or(Some(DEFAULT_BYTES));
+
+    /// What is wrong with all of it.
+    pub(super) fn check(&self) -> Result<(), String> {
+        match &self.place {
+            Place::Nbd(nbd) => nbd.check()?,
+            Place::S3(s3) => s3.check()?,
+            Place::File(_) | Place::Block(_) => {}
         }
-        Place::File(_) | Place::Block(_) => {}
-    }
-    match tier.size {
-        None if file => Err("a file tier wants a size, as in file:/var/lib/ghostswap/cold,size=64G".into()),
-        Some(b) if b < MIN_DISK_BYTES => Err(format!("size={b} is too small: at least 16M")),
-        _ => Ok(tier),
+        match self.size {
+            None if matches!(self.place, Place::File(_)) => {
+                Err("a file tier wants a size, as in file:/var/lib/ghostswap/cold,size=64G".into())
+            }
+            Some(b) if b < MIN_DISK_BYTES => Err(format!("size={b} is too small: at least 16M")),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -244,7 +316,11 @@ impl fmt::Display for RamTier {
         }
         write!(f, ",codec={},group={}", self.codec, self.group)?;
         self.idle_s.map_or(Ok(()), |s| write!(f, ",idle={s}s"))?;
-        self.cpu_percent.map_or(Ok(()), |percent| write!(f, ",cpu={percent}%"))
+        self.cpu_percent.map_or(Ok(()), |percent| write!(f, ",cpu={percent}%"))?;
+        match self.marks == Marks::default() {
+            true => Ok(()),
+            false => write!(f, ",{}", self.marks),
+        }
     }
 }
 
@@ -284,6 +360,8 @@ mod tests {
         for s in [
             "ram,limit=25%,codec=zstd:3,group=64K",
             "ram,idle=10m,cpu=5%",
+            "ram,high=90%,low=80%",
+            "ram,high=auto,low=1%",
             "file:/a/b,size=1G,encrypt=off,prealloc=off",
             "block:/dev/x",
             "nbd:nbd://host/cold",
@@ -309,6 +387,13 @@ mod tests {
             "ram,cpu=5",
             "ram,cpu=0%",
             "ram,cpu=101%",
+            "ram,high=90",
+            "ram,high=94%",
+            "ram,high=1%",
+            "ram,low=0%",
+            "ram,low=93%",
+            "ram,high=80%,low=80%",
+            "ram,low=81%,high=80%",
             "ram:/x",
             "file",
             "file:",

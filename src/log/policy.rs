@@ -1,6 +1,7 @@
 //! Pure choices: which segment to clean, whether to clean at all, how large the reserve is to be.
 //! No clock, no memory, no side effect, so that each can be simulated.
 
+use crate::config::Marks;
 use std::time::Duration;
 
 /// What the cleaner knows of a sealed segment.
@@ -79,16 +80,29 @@ pub(crate) struct Pressure {
     pub frames_growable: u32,
     pub frames_limit: u32,
     pub reserve: u32,
+    pub marks: Marks,
     /// It moved something the last time it asked.
     pub moving: bool,
 }
 
 /// How many segments are to leave memory for disk. Hysteresis: it begins when less is free than the
-/// reserve, or a sixteenth of all, and ends when half as much again is.
+/// reserve, or a sixteenth of all, and ends when half as much again is. Marks stand in the place of the two shares;
+/// never in that of the reserve.
 pub(crate) fn demotion(p: &Pressure) -> u32 {
     let free = p.frames_ready + p.frames_growable;
-    let begin = p.reserve.max(p.frames_limit / 16);
-    let end = begin + begin / 2;
+    let left = |percent: u8| (u64::from(p.frames_limit) * u64::from(100 - percent) / 100) as u32;
+    let high = p.marks.high.map_or(p.frames_limit / 16, left);
+    let begin = p.reserve.max(high);
+    let again = match p.marks.high {
+        // All of it is never free.
+        Some(_) if high >= p.reserve => (begin / 2).min(p.frames_limit.saturating_sub(begin) / 2),
+        _ => begin / 2,
+    };
+    let end = match p.marks.low {
+        Some(low) if high >= p.reserve => left(low).max(begin + 1),
+        Some(low) => left(low).max(begin + again),
+        None => begin + again,
+    };
     if free < begin || p.moving && free < end {
         end - free
     } else {
@@ -206,12 +220,45 @@ mod tests {
 
     #[test]
     fn segments_go_down_from_one_mark_to_the_other() {
-        let p = Pressure { frames_ready: 4, frames_growable: 6, frames_limit: 160, reserve: 8, moving: false };
+        let marks = Marks::default();
+        let p = Pressure { frames_ready: 4, frames_growable: 6, frames_limit: 160, reserve: 8, marks, moving: false };
         assert_eq!(demotion(&p), 0);
         assert_eq!(demotion(&Pressure { frames_growable: 5, ..p }), 6);
         assert_eq!(demotion(&Pressure { moving: true, ..p }), 5);
         assert_eq!(demotion(&Pressure { moving: true, frames_growable: 11, ..p }), 0);
         assert_eq!(demotion(&Pressure { reserve: 12, ..p }), 8);
+    }
+
+    #[test]
+    fn marks_say_when_and_the_reserve_has_its_way() {
+        let p = |free, reserve, high, low, moving| {
+            let marks = Marks { high, low };
+            demotion(&Pressure { frames_ready: 0, frames_growable: free, frames_limit: 200, reserve, marks, moving })
+        };
+        assert_eq!([20, 19].map(|free| p(free, 8, Some(90), Some(80), false)), [0, 21]);
+        assert_eq!([40, 39].map(|free| p(free, 8, Some(90), Some(80), true)), [0, 1]);
+        // One of them alone.
+        assert_eq!([40, 39].map(|free| p(free, 8, Some(80), None, false)), [0, 21]);
+        assert_eq!([140, 139].map(|free| p(free, 8, Some(30), None, false)), [0, 31]);
+        assert_eq!([12, 11].map(|free| p(free, 8, None, Some(50), false)), [0, 89]);
+        // More is to be free than the marks would leave, and what is done is more than a segment now and then.
+        assert_eq!([25, 24].map(|free| p(free, 25, Some(93), Some(92), false)), [0, 13]);
+        for limit in [0, 1, 3, 64, 1 << 24] {
+            for (high, low) in [(93, 92), (50, 1), (2, 1)] {
+                for (reserve, free) in [(0, 0), (6, 5), (1 << 20, 7), (4, limit)] {
+                    let marks = Marks { high: Some(high), low: Some(low) };
+                    let p = Pressure {
+                        frames_ready: 0,
+                        frames_growable: free,
+                        frames_limit: limit,
+                        reserve,
+                        marks,
+                        moving: true,
+                    };
+                    assert!(free >= reserve || demotion(&p) >= reserve - free, "{p:?}");
+                }
+            }
+        }
     }
 
     #[test]

@@ -82,8 +82,10 @@ impl Cleaner {
     /// Compresses a segment again, if one is due. True: and there is more to do at once.
     fn compress_again(&mut self) -> bool {
         let shared = self.shared.clone();
-        let Some(cold) = shared.config.cold else { return false };
-        let Some(due) = due(&shared, cold) else { return false };
+        if shared.config.cold.is_none() {
+            return false;
+        }
+        let Some(due) = due(&shared) else { return false };
         let begun = Instant::now();
         if !due.more && self.rest_until.is_some_and(|until| begun < until) {
             return false;
@@ -91,7 +93,7 @@ impl Cleaner {
         let more = self.recompressor().is_some_and(|recompressor| recompressor.step(&shared, due));
         if let Some(until) = &mut self.rest_until {
             let now = Instant::now();
-            *until = now + rest_after(now - begun, cold.cpu_percent);
+            *until = now + rest_after(now - begun, shared.cpu_percent());
         }
         more
     }

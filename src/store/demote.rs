@@ -30,6 +30,7 @@ mod trouble;
 use super::append::{Appender, KEEP_FOR_CLEANER};
 use super::survivors::Copier;
 use super::{grow, Shared};
+use crate::config::Marks;
 use crate::error::Result;
 use crate::io::{EndedWrite, Writes, BLOCK_BYTES};
 use crate::log::policy::{demotion, Pressure};
@@ -428,6 +429,8 @@ fn pressure(s: &Shared, moving: bool) -> Pressure {
         frames_growable: grow::growable_frames(s),
         frames_limit: (s.limit_bytes() / s.arena.segment_bytes() as u64) as u32,
         reserve: s.reserve.load(Ordering::Relaxed),
+        // What comes back from a tier that is being drained may fill memory as if there were none.
+        marks: if s.draining() { Marks::default() } else { s.marks() },
         moving,
     }
 }

@@ -43,7 +43,7 @@ pub use standby::Standby;
 #[cfg(feature = "crash-points")]
 pub use steps::Steps;
 
-use crate::arena::{create_arena, host_seconds, Arena, Waiting};
+use crate::arena::{create_arena, host_seconds, Arena, Tuned, Waiting};
 use crate::config::{Checked, StoreConfig};
 use crate::error::{Error, Result};
 use crate::io::Medium;
@@ -107,6 +107,10 @@ pub(crate) struct Shared {
     pub recompress_all: AtomicBool,
     /// Memory that may be held: the configuration's limit, or one set since.
     pub limit: AtomicU64,
+    /// What of it is a second tier's own.
+    pub own_limit: AtomicU64,
+    /// Other numbers of the configuration, or set since, by [`Tuned`].
+    tuned: [AtomicU32; 3],
     /// Pages of some volume are to go below whether memory is short or not.
     pub some_below: AtomicBool,
     /// What is older than so many seconds, less one, is to go down, short of memory or not; 0: nothing.
@@ -121,7 +125,7 @@ pub(crate) struct Shared {
     lanes: Mutex<Vec<bool>>,
     /// How many there are.
     volumes: Mutex<usize>,
-    /// Held while the limit is set.
+    /// Held while limits and other settings are changed.
     changing: Mutex<()>,
     /// Held by growth, by the cleaner and by the mover while they do anything.
     pub quiet: [Mutex<()>; 3],
@@ -135,6 +139,11 @@ impl Shared {
         bump(&before.filled_pages, found.pages.filled);
         bump(&before.zero_pages, found.pages.zero);
         bump(&before.lost_pages, found.pages.lost);
+        let own = config.limit_bytes.saturating_sub(config.hot_bytes);
+        let tuned = [Tuned::Idle, Tuned::Cpu, Tuned::Marks].map(|what| {
+            let configured = tiers::configured(&config, what);
+            AtomicU32::new(arena.tuned(what, configured).unwrap_or(configured))
+        });
         Shared {
             map,
             segments,
@@ -154,6 +163,8 @@ impl Shared {
             recompressed: AtomicU64::new(0),
             recompress_all: AtomicBool::new(false),
             limit: AtomicU64::new(arena.limit(config.limit_bytes).unwrap_or(config.limit_bytes)),
+            own_limit: AtomicU64::new(arena.own_limit(own).unwrap_or(own)),
+            tuned,
             some_below: AtomicBool::new(false),
             write_back: AtomicU64::new(0),
             write_back_before: AtomicU64::new(0),

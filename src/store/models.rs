@@ -13,7 +13,7 @@ use super::clean::Cleaner;
 use super::recover::{Found, Pages};
 use super::{Lane, Owner, Shared, Store};
 use crate::arena::{Arena, Resident, Spare};
-use crate::config::{Checked, CodecChoice};
+use crate::config::{Checked, CodecChoice, Marks};
 use crate::log::segment::Segments;
 use crate::map::Map;
 use crate::page::{VolumeId, PAGE_BYTES};
@@ -49,6 +49,7 @@ fn store() -> Store {
         group_pages_seen: 1,
         hot_bytes: 1 << 20,
         cold: None,
+        marks: Marks::default(),
         codecs_seen: CodecChoice::Lz4.bit(),
         below: None,
         below_bytes: 0,

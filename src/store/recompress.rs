@@ -12,7 +12,6 @@
 
 use super::append::{Appender, Outcome};
 use super::survivors::{relocate, word_of};
-use super::tiers::hot_limit;
 use super::Shared;
 use crate::codec::{Codec, FILL, RAW};
 use crate::config::Cold;
@@ -51,9 +50,9 @@ pub(super) struct Due {
     pub more: bool,
 }
 
-pub(super) fn due(s: &Shared, cold: Cold) -> Option<Due> {
+pub(super) fn due(s: &Shared) -> Option<Due> {
     let all = s.recompress_all.load(Ordering::Relaxed);
-    let found = look(s, cold);
+    let found = look(s);
     if found.is_none() {
         s.recompress_all.store(false, Ordering::Relaxed);
     }
@@ -63,7 +62,7 @@ pub(super) fn due(s: &Shared, cold: Cold) -> Option<Due> {
 }
 
 /// The oldest, and what the policy is to know.
-fn look(s: &Shared, cold: Cold) -> Option<(SegmentId, Heat)> {
+fn look(s: &Shared) -> Option<(SegmentId, Heat)> {
     let (mut oldest, mut count) = (None, 0u64);
     for id in (0..super::grow::known_segments(s)).map(SegmentId) {
         let Some((_, _, age)) = s.segments.sealed(&s.arena, id) else { continue };
@@ -81,11 +80,11 @@ fn look(s: &Shared, cold: Cold) -> Option<(SegmentId, Heat)> {
     let ((written, _), id) = oldest?;
     let heat = Heat {
         hot_bytes: count * s.arena.segment_bytes() as u64,
-        hot_limit: hot_limit(s),
+        hot_limit: s.hot_limit(),
         held_bytes: s.held_bytes(),
         limit_bytes: s.limit_bytes(),
         oldest_s: s.clock_s.load(Ordering::Relaxed).saturating_sub(written),
-        idle_s: cold.idle_s,
+        idle_s: s.idle_s(),
     };
     Some((id, heat))
 }

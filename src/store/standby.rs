@@ -76,14 +76,16 @@ impl Standby {
         })
     }
 
-    /// Makes sure that a tier below which the arena, in use by another process, does not know yet can be added to it,
-    /// and gets ready for that: the tier is taken and made one, and the arena's table has the memory for its extents. So
-    /// [`Standby::open`] finds as little to wait for as with a tier that was there before. May wait for a server, for a
-    /// file's space, and up to ten seconds for memory.
+    /// Makes sure that a tier below which the arena, in use by another process, knows can be had by this configuration: a
+    /// server answers to it. Or that one which it does not know yet can be added to it, and gets ready for that: the tier
+    /// is taken and made one, and the arena's table has the memory for its extents. So [`Standby::open`] finds as little to
+    /// wait for as with a tier that was there before. May wait for a server, for a file's space, and up to ten seconds for
+    /// memory.
     pub fn try_tier(&mut self) -> Result<()> {
         let Some((medium, ..)) = &self.below else { return Ok(()) };
         if let Some((id, _)) = self.waiting.tier() {
-            return if medium.remote().is_some() { Ok(()) } else { medium.check(&id) };
+            // A server that would be reached no more, by a key that is wrong say, is one whose pages would be lost.
+            return medium.bytes(true).and_then(|_| medium.check(&id));
         }
         let segment_bytes = self.waiting.segment_bytes().unwrap_or(self.config.segment_bytes as usize);
         let new = New::make(medium, segment_bytes)?;

@@ -1,9 +1,12 @@
-//! What can be changed of the tiers while a store is open. The memory limit and whether the disk tier is
-//! drained are kept in the arena, so that they hold for whoever takes it over.
+//! What can be changed of the tiers while a store is open: limits, when pages are compressed again and how eagerly, when
+//! segments go down, and whether the disk tier is drained. All of it is kept in the arena, so that it holds for whoever
+//! takes it over; a number with the one of the configuration that it stands in the place of, and while that is the same.
 
 use super::{grow, Shared, Store};
-use crate::arena::host_memory;
-use crate::config::{format_size, Limit, MIN_LIMIT_BYTES};
+use crate::arena::{host_memory, Tuned};
+use crate::config::{
+    format_size, Checked, CodecChoice, Limit, Marks, RamTier, TierName, TierSettings, MIN_LIMIT_BYTES,
+};
 use crate::error::{Error, Result};
 use crate::log::segment::Place;
 use crate::page::SegmentId;
@@ -33,17 +36,17 @@ impl Store {
         let c = &s.config;
         let ram = TierStats {
             name: "ram",
-            what: format!("{}, {} together", c.codec, format_size((c.group_pages * crate::PAGE_BYTES) as u64)),
-            limit_bytes: hot_limit(s),
+            what: format!("{},{}", packing(c.codec, c.group_pages), s.marks()),
+            limit_bytes: s.hot_limit(),
             held_bytes: s.held_bytes().saturating_sub(cold_segments * segment),
             live_bytes: live[0],
             state: "used",
         };
         let cold = c.cold.map(|cold| TierStats {
             name: "cold",
-            what: format!("{}, {} together", cold.codec, format_size((cold.group_pages * crate::PAGE_BYTES) as u64)),
+            what: format!("{},idle={}s,cpu={}%", packing(cold.codec, cold.group_pages), s.idle_s(), s.cpu_percent()),
             // Of its own, or what the first tier leaves it.
-            limit_bytes: match s.limit_bytes().saturating_sub(hot_limit(s)) {
+            limit_bytes: match s.own_limit.load(Ordering::Relaxed) {
                 0 => s.limit_bytes(),
                 own => own,
             },
@@ -53,7 +56,7 @@ impl Store {
         });
         let disk = s.lower.as_ref().map(|lower| TierStats {
             name: "disk",
-            what: lower.to_string(),
+            what: c.below.as_ref().map_or_else(|| lower.to_string(), ToString::to_string),
             limit_bytes: u64::from(lower.extents()) * lower.extent_bytes(),
             held_bytes: u64::from(lower.taken()) * lower.extent_bytes(),
             live_bytes: live[2],
@@ -68,14 +71,57 @@ impl Store {
     }
 
     /// Changes how much memory the first tier may hold, everything counted. What is above a lower limit goes back to
-    /// the host as room comes, by cleaning and by moving to the disk tier.
+    /// the host as room comes, by cleaning and by moving to the disk tier. A second tier keeps its own.
     ///
     /// Refused: more than the arena was made for, and less than what is stored needs.
     pub fn set_limit(&self, limit: Limit) -> Result<()> {
         let s = self.shared();
-        // A second tier keeps its own.
-        let own = s.limit_bytes().saturating_sub(hot_limit(s));
-        let bytes = limit.resolve(host_memory()?.0).saturating_add(own);
+        let _one_at_a_time = s.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        self.set_limits(Some(limit), None)
+    }
+
+    /// Changes what can be changed of a memory tier without opening the store anew, all or nothing: limits as
+    /// [`Store::set_limit`] does, when and how eagerly pages are compressed again, when segments go down.
+    pub fn set_tier(&self, settings: &TierSettings) -> Result<()> {
+        let s = self.shared();
+        let bad = |why: &str| Err(Error::InvalidConfig(why.into()));
+        if let (_, Some(later)) = settings.split() {
+            return bad(&format!("the store has to be opened anew for that: {later}"));
+        }
+        if settings.name() == TierName::Cold && s.config.cold.is_none() {
+            return bad("there is no second memory tier");
+        }
+        let _one_at_a_time = s.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = RamTier {
+            idle_s: Some(s.idle_s()),
+            cpu_percent: Some(s.cpu_percent()),
+            marks: s.marks(),
+            ..RamTier::default()
+        };
+        let wanted = settings.of_ram(now).map_err(Error::InvalidConfig)?;
+        let limit = (wanted.limit != Limit::Default).then_some(wanted.limit);
+        match settings.name() {
+            TierName::Cold => self.set_limits(None, limit)?,
+            _ => self.set_limits(limit, None)?,
+        }
+        s.tune(Tuned::Idle, wanted.idle_s.unwrap_or_default());
+        s.tune(Tuned::Cpu, wanted.cpu_percent.unwrap_or_default().into());
+        s.tune(Tuned::Marks, pair_of(wanted.marks));
+        s.wake_cleaner();
+        s.wake_mover();
+        Ok(())
+    }
+
+    /// Of the first tier and of a second one's own, None: as it is. By one at a time.
+    fn set_limits(&self, hot: Option<Limit>, own: Option<Limit>) -> Result<()> {
+        let s = self.shared();
+        if hot.is_none() && own.is_none() {
+            return Ok(());
+        }
+        let ram_bytes = host_memory()?.0;
+        let resolve = |limit: Option<Limit>, now| limit.map_or(now, |limit| limit.resolve(ram_bytes));
+        let own_bytes = resolve(own, s.own_limit.load(Ordering::Relaxed));
+        let bytes = resolve(hot, s.hot_limit()).saturating_add(own_bytes);
         let capacity = u64::from(s.arena.max_frames()) * s.arena.segment_bytes() as u64;
         let bad = |why: String| Err(Error::InvalidConfig(why));
         if bytes < MIN_LIMIT_BYTES {
@@ -84,12 +130,15 @@ impl Store {
         if bytes > capacity.max(s.config.limit_bytes) {
             return bad(format!("the arena was made for a limit of {}: that is the most", format_size(capacity)));
         }
-        let _one_at_a_time = s.changing.lock().unwrap_or_else(PoisonError::into_inner);
         let needed = least_limit(s);
         if bytes < needed && bytes < s.limit_bytes() {
             return bad(format!("what is stored needs {} of memory at the least", format_size(needed)));
         }
         // Growth looks at it anew in each step, and may be waiting for memory within one: it is not waited for.
+        if own.is_some() {
+            s.arena.set_own_limit(s.config.limit_bytes.saturating_sub(s.config.hot_bytes), own_bytes);
+            s.own_limit.store(own_bytes, Ordering::Relaxed);
+        }
         s.arena.set_limit(s.config.limit_bytes, bytes);
         s.limit.store(bytes, Ordering::Relaxed);
         s.wake_growth();
@@ -144,9 +193,56 @@ fn disk(s: &Shared) -> Result<&Lower> {
     s.lower.as_ref().ok_or_else(|| Error::InvalidConfig("there is no disk tier".into()))
 }
 
-/// What the first tier may hold: a limit that was set anew is for it, and the second tier keeps its own.
-pub(super) fn hot_limit(s: &Shared) -> u64 {
-    (s.config.hot_bytes + s.limit_bytes()).saturating_sub(s.config.limit_bytes)
+impl Shared {
+    /// What the first tier may hold.
+    pub fn hot_limit(&self) -> u64 {
+        self.limit_bytes().saturating_sub(self.own_limit.load(Ordering::Relaxed))
+    }
+
+    /// Seconds after which pages are compressed again.
+    pub fn idle_s(&self) -> u32 {
+        self.tuned(Tuned::Idle)
+    }
+
+    /// Of a processor, what that may take.
+    pub fn cpu_percent(&self) -> u8 {
+        self.tuned(Tuned::Cpu) as u8
+    }
+
+    /// When segments go down.
+    pub fn marks(&self) -> Marks {
+        let [high, low, ..] = self.tuned(Tuned::Marks).to_le_bytes().map(|mark| Some(mark).filter(|mark| *mark > 0));
+        Marks { high, low }
+    }
+
+    fn tuned(&self, what: Tuned) -> u32 {
+        self.tuned[what as usize].load(Ordering::Relaxed)
+    }
+
+    fn tune(&self, what: Tuned, value: u32) {
+        if self.tuned(what) != value {
+            self.arena.tune(what, configured(&self.config, what), value);
+            self.tuned[what as usize].store(value, Ordering::Relaxed);
+        }
+    }
+}
+
+/// As the configuration has it.
+pub(super) fn configured(config: &Checked, what: Tuned) -> u32 {
+    match what {
+        Tuned::Idle => config.cold.map_or(0, |cold| cold.idle_s),
+        Tuned::Cpu => config.cold.map_or(0, |cold| cold.cpu_percent.into()),
+        Tuned::Marks => pair_of(config.marks),
+    }
+}
+
+fn pair_of(marks: Marks) -> u32 {
+    u32::from_le_bytes([marks.high.unwrap_or(0), marks.low.unwrap_or(0), 0, 0])
+}
+
+/// In the words of `--tier`.
+fn packing(codec: CodecChoice, group_pages: usize) -> String {
+    format!("codec={codec},group={}K", group_pages * crate::PAGE_BYTES >> 10)
 }
 
 /// What the limit cannot be below: with what is live in memory, less what may go down.

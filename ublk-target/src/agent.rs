@@ -15,7 +15,7 @@ use crate::supervise::{text_of, tiers_of};
 use crate::windows::{self, Keeper};
 use crate::{daemon, log, protect, signals};
 use anyhow::{Context, Result};
-use ghostswap::config::{with_tier, without_tier, TierConfig};
+use ghostswap::config::{with_tier, without_tier, TierConfig, TierSettings};
 use serde_json::{json, Value};
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -200,6 +200,30 @@ impl Agent {
         }
     }
 
+    /// What the worker can do itself is done first, when it is known that the tiers may be as they are to be.
+    fn set_tier(&self, spec: &str, order: u64) -> Answer {
+        let settings = match spec.parse::<TierSettings>() {
+            Ok(settings) => settings,
+            Err(why) => return Answer::refusal(why),
+        };
+        let (now, later) = settings.split();
+        if let Err(e) = later.iter().try_for_each(|later| later.apply(&tiers_of(&self.shared, &self.tiers)).map(drop)) {
+            return Answer::refusal(e.to_string());
+        }
+        if let Some(now) = now.filter(|_| later.is_none() || self.shared.tiers_wanted().0 != order) {
+            let what = TierChange::Set { spec: now.to_string(), order };
+            let answer = self.pass_on(&Request::Tier { what });
+            if !answer.ok {
+                return answer;
+            }
+        }
+        later.map_or_else(Answer::done, |later| self.change_tiers(order, |tiers| later.apply(tiers)))
+    }
+
+    fn pass_on(&self, request: &Request) -> Answer {
+        serde_json::to_string(request).map_or_else(|e| Answer::refusal(e.to_string()), |text| self.ask_worker(&text))
+    }
+
     fn ask_worker(&self, text: &str) -> Answer {
         match self.shared.ask(text, PATIENCE) {
             Some(answer) => serde_json::from_str(&answer).unwrap_or_else(|e| Answer::refusal(e.to_string())),
@@ -208,45 +232,38 @@ impl Agent {
     }
 
     fn carry_out(&self, request: Request) -> Answer {
-        let text = match request {
-            Request::Status => return self.status(),
-            Request::SwapOn { what } => return self.with_keeper(|k| k.swap_on(what)),
-            Request::SwapOff {} => {
-                return self.with_keeper(|k| {
-                    k.let_go();
-                    Ok(())
-                })
-            }
+        match request {
+            Request::Status => self.status(),
+            Request::SwapOn { what } => self.with_keeper(|k| k.swap_on(what)),
+            Request::SwapOff {} => self.with_keeper(|k| {
+                k.let_go();
+                Ok(())
+            }),
             Request::Stop { force } if !force && control::in_use_as_swap(&self.path) => {
                 let path = self.path.display();
-                return Answer::refusal(format!(
-                    "{path} is in use as swap: swap it off first, with ghostswap-ublk swapoff"
-                ));
+                Answer::refusal(format!("{path} is in use as swap: swap it off first, with ghostswap-ublk swapoff"))
             }
-            Request::Stop { .. } => r#"{"cmd":"stop"}"#.to_owned(),
+            Request::Stop { .. } => self.ask_worker(r#"{"cmd":"stop"}"#),
             Request::Upgrade { program, order } => {
-                return match program.to_str().is_some_and(|path| self.shared.ask_upgrade(path, order)) {
+                match program.to_str().is_some_and(|path| self.shared.ask_upgrade(path, order)) {
                     true => Answer::done(),
                     false => Answer::refusal("the program's path is too long or not UTF-8"),
                 }
             }
             Request::Tier { what: TierChange::Add { spec, order } } => {
                 let tier = spec.parse::<TierConfig>();
-                return self.change_tiers(order, |tiers| match tier {
+                self.change_tiers(order, |tiers| match tier {
                     Ok(tier) => with_tier(tiers, tier),
                     Err(why) => Err(ghostswap::Error::InvalidConfig(why)),
-                });
+                })
             }
-            Request::Tier { what: TierChange::Remove { order } } => return self.change_tiers(order, without_tier),
+            Request::Tier { what: TierChange::Remove { order } } => self.change_tiers(order, without_tier),
+            Request::Tier { what: TierChange::Set { spec, order } } => self.set_tier(&spec, order),
             for_the_worker @ (Request::Resize { .. }
             | Request::Recompress
             | Request::WriteBack { .. }
-            | Request::Tier { .. }) => match serde_json::to_string(&for_the_worker) {
-                Ok(text) => text,
-                Err(e) => return Answer::refusal(e.to_string()),
-            },
-        };
-        self.ask_worker(&text)
+            | Request::Tier { .. }) => self.pass_on(&for_the_worker),
+        }
     }
 }
 

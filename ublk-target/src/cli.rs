@@ -1,8 +1,9 @@
 //! The command line: raw arguments become checked values here and nowhere else.
 
 use crate::slotfree::Wish;
-use clap::{Args, Parser, Subcommand, ValueEnum};
-use ghostswap::config::{parse_size, parse_time, Limit, TierConfig};
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use ghostswap::config::{parse_size, parse_time, TierConfig, TierSettings};
 use ghostswap::MAX_VOLUME_BYTES;
 use std::path::PathBuf;
 
@@ -12,6 +13,12 @@ pub const VERSION: &str = match option_env!("GHOSTSWAP_VERSION") {
     None => env!("CARGO_PKG_VERSION"),
 };
 
+/// What `tier set` can set.
+const SETTABLE: &str = "\
+ram   limit, high, low; codec, group: by a take-over
+cold  limit, idle, cpu; codec, group: by a take-over
+disk  by a take-over: timeout, connections, ca, cert, key, credentials, profile";
+
 /// A compressed, sparse store as a swap device.
 #[derive(Parser)]
 #[command(name = "ghostswap-ublk", version = VERSION, about)]
@@ -19,6 +26,17 @@ pub struct Cli {
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
+}
+
+impl Cli {
+    /// The arguments of this process.
+    pub fn given() -> Result<Cli, clap::Error> {
+        let cli = Cli::try_parse()?;
+        if let Command::Tier(Tier::Set { words, .. }) = &cli.command {
+            settings(words).map_err(|why| Cli::command().error(ErrorKind::ValueValidation, why))?;
+        }
+        Ok(cli)
+    }
 }
 
 /// The commands.
@@ -194,13 +212,14 @@ pub enum Tier {
         #[arg(long)]
         json: bool,
     },
-    /// Change how much memory the first tier may hold
+    /// Change settings of a tier while the device is in use
+    #[command(after_help = SETTABLE)]
     Set {
         /// Number of the device
         id: u32,
-        /// As in ram,limit=4G or ram,limit=40%
-        #[arg(value_name = "SPEC", value_parser = memory_limit)]
-        limit: String,
+        /// Its name in `tier list` and what to set, in the words of --tier, as in ram limit=4G,high=90%,low=80%
+        #[arg(value_name = "NAME KEY=VALUE", required = true)]
+        words: Vec<String>,
     },
     /// Add a tier below memory, in which the device's pages may be kept from then on
     Add {
@@ -284,12 +303,9 @@ fn rate(text: &str) -> Result<u64, String> {
     }
 }
 
-/// What `tier set` can change.
-fn memory_limit(text: &str) -> Result<String, String> {
-    match text.strip_prefix("ram,limit=") {
-        Some(limit) if !limit.contains(',') => limit.parse::<Limit>().map(|_| limit.to_owned()),
-        _ => Err("only the memory limit can be set, as in ram,limit=4G".into()),
-    }
+/// What `tier set` is to set.
+pub fn settings(words: &[String]) -> Result<TierSettings, String> {
+    words.join(",").parse()
 }
 
 fn tier(text: &str) -> Result<TierConfig, String> {
@@ -299,7 +315,7 @@ fn tier(text: &str) -> Result<TierConfig, String> {
 /// What `tier add` can add.
 fn below(text: &str) -> Result<TierConfig, String> {
     match text.parse()? {
-        TierConfig::Ram(_) => Err("only a tier below memory can be added: file:, block: or nbd:".into()),
+        TierConfig::Ram(_) => Err("only a tier below memory can be added: file:, block:, nbd: or s3:".into()),
         tier => Ok(tier),
     }
 }
@@ -307,7 +323,6 @@ fn below(text: &str) -> Result<TierConfig, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn command_line_is_consistent() {
@@ -315,12 +330,16 @@ mod tests {
     }
 
     #[test]
-    fn only_a_limit_can_be_set() {
-        assert_eq!(memory_limit("ram,limit=1G").as_deref(), Ok("1G"));
-        assert_eq!(memory_limit("ram,limit=40%").as_deref(), Ok("40%"));
-        for bad in ["ram", "limit=1G", "ram,limit=0%", "ram,limit=1G,codec=lz4", "disk,limit=1G"] {
-            assert!(memory_limit(bad).is_err(), "{bad}");
+    fn settings_are_a_word_or_several() {
+        for line in ["ram,limit=1G,high=90%", "ram limit=1G,high=90%", "ram limit=1G high=90%"] {
+            let words: Vec<&str> = "ghostswap-ublk tier set 0".split(' ').chain(line.split(' ')).collect();
+            let Command::Tier(Tier::Set { id: 0, words }) = Cli::try_parse_from(words).unwrap().command else {
+                panic!("{line}")
+            };
+            assert_eq!(settings(&words).unwrap().to_string(), "ram,limit=1G,high=90%");
         }
+        assert!(settings(&["disk".into(), "size=1T".into()]).is_err());
+        assert!(Cli::try_parse_from(["ghostswap-ublk", "tier", "set", "0"]).is_err());
     }
 
     #[test]

@@ -10,7 +10,8 @@
 //! | `{"cmd":"swapoff"}` | `{"ok":true}`: the daemon opens and closes no more windows |
 //! | `{"cmd":"recompress"}` | `{"ok":true}`: all that is not cold yet will be compressed again |
 //! | `{"cmd":"writeback","idle_s":600}` | `{"ok":true}`: what is so old goes to the disk tier; status tells when it is over |
-//! | `{"cmd":"tier","what":{"limit":"4G"}}` | `{"ok":true}`: so much memory may be held; also `{"drain":true}`, `"empty"`: unless it does not fit |
+//! | `{"cmd":"tier","what":{"drain":true}}` | `{"ok":true}`: the disk tier is to be empty; also `"empty"`: unless it does not fit, `{"limit":"4G"}` |
+//! | `{"cmd":"tier","what":{"set":{"spec":"ram,limit=4G,codec=lz4","order":7}}}` | `{"ok":true}` once what the worker does itself is done; of the rest the supervisor was told, and status tells |
 //! | `{"cmd":"tier","what":{"add":{"spec":"block:/dev/x","order":7}}}` | `{"ok":true}` once the supervisor was told; status tells the rest; also `{"remove":{"order":8}}` |
 //! | `{"cmd":"upgrade","program":"/path","order":7}` | `{"ok":true}` once the supervisor was told; status tells the rest |
 //!
@@ -101,6 +102,13 @@ pub enum SwapOn {
 pub enum TierChange {
     /// How much memory may be held, as `--tier` has it.
     Limit(String),
+    /// Settings of one.
+    Set {
+        /// As [`ghostswap::config::TierSettings`] has it.
+        spec: String,
+        /// As that of an upgrade.
+        order: u64,
+    },
     /// Whether the disk tier is to be empty.
     Drain(bool),
     /// It is to be empty, unless what lies there does not fit into memory.

@@ -37,7 +37,6 @@ mod windows;
 mod worker;
 
 use anyhow::{anyhow, bail, Context, Result};
-use clap::Parser;
 use cli::{Cli, Command, SwapMode};
 use control::{Request, SwapOn};
 use daemon::Role;
@@ -47,7 +46,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let cli = match Cli::given() {
         Ok(cli) => cli,
         Err(e) => return wrong_usage(&e),
     };

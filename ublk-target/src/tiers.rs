@@ -1,11 +1,11 @@
 //! `tier` and `writeback`: the tiers of a device in use. The daemon does the work; here it is asked for and watched.
 
-use crate::cli::Tier;
+use crate::cli::{self, Tier};
 use crate::control::{Request, TierChange};
 use crate::progress::Progress;
 use crate::{carry_out, describe, signals};
 use anyhow::{anyhow, bail, Result};
-use ghostswap::config::format_size;
+use ghostswap::config::{format_size, TierSettings};
 use serde_json::{json, Value};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -22,7 +22,7 @@ const CHANGE_PATIENCE: Duration = Duration::from_secs(180);
 pub fn run(command: Tier) -> Result<()> {
     match command {
         Tier::List { id, json } => list(id, json),
-        Tier::Set { id, limit } => carry_out(id, &Request::Tier { what: TierChange::Limit(limit) }),
+        Tier::Set { id, words } => set(id, &cli::settings(&words).map_err(|why| anyhow!(why))?),
         Tier::Add { id, spec } => {
             let what = |order| TierChange::Add { spec: spec.to_string(), order };
             change(id, what).map_err(|e| anyhow!("ublkb{id} serves on as it was: {e:#}"))
@@ -61,11 +61,33 @@ fn list(id: u32, as_json: bool) -> Result<()> {
     Ok(())
 }
 
+/// What the worker does itself is done when it is answered; for the rest another takes over.
+fn set(id: u32, settings: &TierSettings) -> Result<()> {
+    let order = new_order();
+    let what = TierChange::Set { spec: settings.to_string(), order };
+    carry_out(id, &Request::Tier { what })?;
+    match settings.split() {
+        (_, None) => Ok(()),
+        (None, Some(_)) => await_change(id, order).map_err(|e| anyhow!("ublkb{id} serves on as it was: {e:#}")),
+        (Some(now), Some(later)) => {
+            await_change(id, order).map_err(|e| anyhow!("{now} holds, {later} does not: {e:#}"))
+        }
+    }
+}
+
+fn new_order() -> u64 {
+    let since_1970 = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    since_1970.as_nanos() as u64 | 1
+}
+
 /// Has the tiers changed, and waits until they are.
 fn change(id: u32, what: impl Fn(u64) -> TierChange) -> Result<()> {
-    let since_1970 = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    let order = since_1970.as_nanos() as u64 | 1;
+    let order = new_order();
     carry_out(id, &Request::Tier { what: what(order) })?;
+    await_change(id, order)
+}
+
+fn await_change(id: u32, order: u64) -> Result<()> {
     let begun = Instant::now();
     while begun.elapsed() < CHANGE_PATIENCE {
         // Under pressure a look may come to nothing: then the next one.

@@ -283,6 +283,7 @@ impl Device {
                     }
                     Ok(Request::WriteBack { idle_s }) => (told(self.store.write_back(idle_s)), false),
                     Ok(Request::Tier { what: TierChange::Limit(limit) }) => (self.set_limit(&limit), false),
+                    Ok(Request::Tier { what: TierChange::Set { spec, .. } }) => (self.set_tier(&spec), false),
                     Ok(Request::Tier { what: TierChange::Drain(drain) }) => (told(self.store.drain_disk(drain)), false),
                     Ok(Request::Tier { what: TierChange::Empty }) => (told(self.store.empty_disk()), false),
                     Ok(Request::Resize { bytes }) => (self.resize(bytes), false),
@@ -335,6 +336,10 @@ impl Device {
 
     fn set_limit(&self, limit: &str) -> Answer {
         limit.parse().map_or_else(|e: String| Answer::refusal(e), |limit| told(self.store.set_limit(limit)))
+    }
+
+    fn set_tier(&self, spec: &str) -> Answer {
+        spec.parse().map_or_else(|e: String| Answer::refusal(e), |settings| told(self.store.set_tier(&settings)))
     }
 
     /// The volume first: the kernel must not ask for what is not there.

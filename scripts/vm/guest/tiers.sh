@@ -1,7 +1,8 @@
 #!/bin/sh
 # In the guest: a tier below memory comes and goes under a verifying hog that is swapped out, again and again: added,
 # written back to, drained, removed, a block device and a file in turn. In every third round the worker is killed beside
-# the command that adds, or that removes. Before that what cannot be a tier is refused; in between the supervisor dies
+# the command that adds, or that removes. In each round codec and group, marks and the limit are set anew, in some with a
+# worker killed in the middle of it. Before that what cannot be is refused; in between the supervisor dies
 # once, and the program is upgraded once. Status 1 if a page was wrong, a command failed that was not to, or a tier was
 # lost. Arguments: HOG_MIB, THP (always | never), RAM_TIER, ROUNDS
 set -eu
@@ -23,6 +24,12 @@ file=file:/mnt/cold,size=$((half / 5 * 4 * 512))
 ghostswap-ublk add --size 64G --tier "$ram" --watchdog 30 > /dev/null
 look() { ghostswap-ublk status --json > /tmp/status 2> /dev/null && read -r status < /tmp/status; }
 number() { look || return 1; value=${status#*\"$1\":}; value=${value%%[,\}]*}; echo "$value"; }
+what_of() { ghostswap-ublk tier list 0 | sed -n "s/^$1 .* //p"; }
+# All that was set last, whoever serves by now.
+holds() {
+    [ "$(what_of ram)" = "$packing,$marks" ] || fail "round $n: $(what_of ram) in place of $packing,$marks"
+    [ "$(number limit_bytes)" = $((limit << 20)) ] || fail "round $n: a limit of $(number limit_bytes), not of $limit MiB"
+}
 has_disk() { ghostswap-ublk tier list 0 | grep -q '^disk '; }
 ghostswap-ublk swapon 0
 ghostswap-hog --mib "$hog" --threads 2 --seconds 100000 --thp "$thp" --check-all > /tmp/hog.out 2>&1 &
@@ -52,6 +59,12 @@ refused 'no room' tier add 0 "file:/mnt/large,size=1T"
 rm /mnt/large
 refused 'only a tier below' tier add 0 ram,limit=1G
 refused 'no tier below' tier remove 0
+refused 'no tier below' tier set 0 disk,timeout=5s
+refused 'no second' tier set 0 cold codec=zstd:3
+refused 'made for' tier set 0 ram limit=95%
+refused 'must be below' tier set 0 ram high=50%,low=60%
+refused 'from 2%' tier set 0 ram high=99%
+refused 'remove the tier' tier set 0 disk encrypt=off
 [ "$(number pid)" = "$pid" ] || fail "refusals cost a worker"
 [ "$(cat /mnt/letter)" = "dear all" ] || fail "a letter was written over"
 
@@ -78,11 +91,30 @@ while [ $n -lt "$rounds" ]; do
     5) ghostswap-ublk upgrade 0 --program /bin/ghostswap-next || fail "upgrade"; has_disk || fail "upgraded without the tier" ;;
     6) kill -9 "$(number pid)"; sleep 2; has_disk || fail "the next worker has no tier" ;;
     esac
+    [ $n = 0 ] || holds
+    limit=$((300 + n % 3 * 40))
+    marks=high=$((60 + n * 7 % 30))%,low=$((20 + n * 11 % 30))%
+    pid=$(number pid)
+    ghostswap-ublk tier set 0 "ram,limit=${limit}M,$marks" || fail "round $n: set limit and marks"
+    [ "$(number pid)" = "$pid" ] || fail "round $n: that cost a worker"
+    packing=codec=lz4
+    [ $((n % 2)) = 1 ] || packing=codec=zstd:1
+    packing=$packing,group=$((4 << n % 3 * 2))K
+    if [ $((n % 4)) = 2 ]; then
+        ghostswap-ublk tier set 0 ram "$packing" 2> /tmp/why & setting=$!
+        sleep "0.$((n % 10))"
+        kill -9 "$(number pid)" 2> /dev/null || true
+        wait $setting || echo "round $n: $(cat /tmp/why)"
+        # It may have been the one of the new codec: while it is being followed nothing is changed.
+        sleep 2
+    fi
+    ghostswap-ublk tier set 0 ram "$packing" || fail "round $n: set codec and group"
+    holds
     ghostswap-ublk writeback 0 > /tmp/written || fail "round $n: writeback"
     [ "$(number used_bytes)" -gt $((4 << 20)) ] || fail "round $n: $(number used_bytes) bytes went down"
     if [ $((n % 3)) = 2 ]; then
         # Ended at once, the tier is used on.
-        if timeout 2 ghostswap-ublk tier remove 0 2> /dev/null; then fail "round $n: removed within a moment"; fi
+        if timeout 1 ghostswap-ublk tier remove 0 2> /dev/null; then fail "round $n: removed within a moment"; fi
         ghostswap-ublk tier list 0 | grep -q '^disk.* used ' || fail "round $n: not used any more"
         ghostswap-ublk tier remove 0 2> /tmp/why & removing=$!
         sleep "1.$((n % 10))"
@@ -93,7 +125,7 @@ while [ $n -lt "$rounds" ]; do
         ghostswap-ublk tier remove 0 2> /tmp/why || fail "round $n: remove: $(tail -n 1 /tmp/why)"
     fi
     ! has_disk || fail "round $n: the tier is still there"
-    echo "round $n: $spec, $(cat /tmp/written), last take-over $(number last_take_over_us) us"
+    echo "round $n: $spec, $packing, $marks, $(cat /tmp/written), last take-over $(number last_take_over_us) us"
     n=$((n + 1))
 done
 echo "--- status"; ghostswap-ublk status
