@@ -31,7 +31,7 @@ ghostswap-hog --mib "$hog" --threads "$threads" --seconds "$seconds" --thp "$thp
 hogpid=$!
 told='' last=0 since=$(now) longest=0
 while kill -0 $hogpid 2> /dev/null && ! grep -q touches/s /tmp/hog.out; do
-    sleep 0.2
+    sleep 1
     if [ -z "$told" ]; then
         since=$(now)
         grep filled /tmp/hog.out || continue
@@ -49,6 +49,7 @@ echo "longest time in which nothing was read: $longest s"
 echo "--- /proc/swaps"; cat /proc/swaps
 used=$(awk '/nbd0/ {print $4}' /proc/swaps)
 [ "$used" -gt 65536 ] || fail "hardly anything was swapped out: $used KiB"
+sleep 3 # for whoever looks at what lies where
 kill $hogpid 2> /dev/null || rc=1
 wait $hogpid 2> /dev/null || [ $? -eq 143 ] || rc=1
 grep -q ' 0 errors$' /tmp/hog.out || fail "the hog found wrong pages, or ended"
