@@ -46,3 +46,7 @@ fuzz *ARGS:
 # What the tests do in little, for hours
 torture *ARGS:
     scripts/torture {{ARGS}}
+
+# A tier on a Ceph of one OSD that lives as long as this: [rbd] [s3]
+ceph *ARGS:
+    ./scripts/ceph-demo {{ARGS}}

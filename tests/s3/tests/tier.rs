@@ -454,6 +454,32 @@ fn a_store_after_it_deletes_what_it_left_and_a_second_one_beside_it_is_refused()
     assert_eq!(std::fs::read(&letter).unwrap(), b"dear all");
 }
 
+#[test]
+fn a_server_as_cephs_gateway_is_begun_again_and_held_up_by_no_late_acknowledgement() {
+    let dir = Dir::new("s3-ceph");
+    let server = start(&dir);
+    server.be_as_ceph();
+    drop(Store::open(config(&server, "")).unwrap());
+    let store = open_again(config(&server, ""));
+    let mut lane = store.create_volume(1 << 30).unwrap().lane().unwrap();
+    write(&mut lane, 0..PAGES, 1);
+    check(&mut lane, (0..PAGES).step_by(20), 1);
+    let (mut got, fetches) = (vec![0; PAGE], store.stats().disk.unwrap().fetches);
+    // Of those written first, which lie below.
+    let mut times: Vec<_> = (0..PAGES / 4)
+        .step_by(15)
+        .map(|page| {
+            let begun = Instant::now();
+            lane.read(page * PAGE as u64, &mut got).unwrap();
+            begun.elapsed()
+        })
+        .collect();
+    assert!(store.stats().disk.unwrap().fetches >= fetches + times.len() as u64 / 2);
+    // Linux holds an acknowledgement back for 40 ms at least. A busy machine holds up some reads as well, not all.
+    times.sort();
+    assert!(times[times.len() / 4] < Duration::from_millis(30), "{times:?}");
+}
+
 /// An authority, and a server's certificate for localhost.
 fn certificates(dir: &Path) {
     let openssl = |arguments: &str| {

@@ -207,25 +207,36 @@ impl Bucket {
 
     /// Makes it the tier with this identity. Err: one line.
     pub async fn initialise(&self, id: &TierKey) -> Result<(), String> {
-        let mode = match self.soon(self.head()).await? {
+        let before = match self.soon(self.head()).await? {
             Ok((head, e_tag)) => {
                 self.check_head(&head)?;
-                PutMode::Update(UpdateVersion { e_tag, version: None })
+                Some((head, e_tag))
             }
             Err(Trouble::NotThere) => {
                 self.check_free().await?;
-                PutMode::Create
+                None
             }
             Err(trouble) => return Err(trouble.to_string()),
         };
         let head = header(id);
         let put = |mode: PutMode| {
             let (head, path) = (head.clone(), self.header());
-            async move { told(self.store.put_opts(&path, head.into(), mode.into())).await }
+            async move { told(self.store.put_opts(&path, head.into(), mode.into())).await.map(drop) }
         };
+        let over = |e_tag: Option<String>| PutMode::Update(UpdateVersion { e_tag, version: None });
         let taken = || Err("another store has just taken it".to_owned());
-        match self.soon(put(mode)).await? {
-            Ok(_) => {}
+        let mut done = match &before {
+            None => self.soon(put(PutMode::Create)).await?,
+            Some((_, e_tag)) => self.soon(put(over(e_tag.clone()))).await?,
+        };
+        if let (Err(Trouble::Taken), Some((_, Some(e_tag)))) = (&done, &before) {
+            // Ceph's gateway (16.2) compares with the tag as it keeps it: without the quotes with which it tells it.
+            if self.soon(self.head()).await?.is_ok_and(|now| Some(&now) == before.as_ref()) {
+                done = self.soon(put(over(Some(e_tag.trim_matches('"').to_owned())))).await?;
+            }
+        }
+        match done {
+            Ok(()) => {}
             Err(Trouble::Taken) => return taken(),
             // A server that cannot compare says so in one way or another (501, 400).
             Err(Trouble::Odd(_) | Trouble::Busy { .. }) => {

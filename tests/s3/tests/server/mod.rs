@@ -2,19 +2,24 @@
 //! it was given outlives it. The process is this test's program once more, told so by its environment.
 //!
 //! Where a file with such a name lies beside the directory, it answers otherwise: `fail-PUT` (or another method) has a
-//! status in it, `delay-PUT` milliseconds.
+//! status in it, `delay-PUT` milliseconds. With `as-ceph` it does what Ceph's gateway (16.2) does: to If-Match it compares
+//! an object's tag as it keeps it, without quotes; and it sends heads by themselves, with Nagle's algorithm on.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use http_body_util::BodyExt;
-use hyper::body::Incoming;
-use hyper::{Request, Response, StatusCode};
+use hyper::body::{Body, Bytes, Frame, Incoming, SizeHint};
+use hyper::header::{ETAG, IF_MATCH};
+use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto::Builder;
 use s3s::service::{S3Service, S3ServiceBuilder};
+use std::future::Future;
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
+use std::task::{ready, Context, Poll};
 use std::time::{Duration, Instant};
 use tokio_rustls::rustls::pki_types::pem::PemObject;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -141,6 +146,11 @@ impl Server {
         }
     }
 
+    /// Before connections are made: those that there are stay as they were.
+    pub fn be_as_ceph(&self) {
+        std::fs::write(self.dir.join("as-ceph"), "").unwrap();
+    }
+
     pub fn delay(&self, method: &str, ms: u64) {
         std::fs::write(self.dir.join(format!("delay-{method}")), ms.to_string()).unwrap();
     }
@@ -175,7 +185,7 @@ async fn serve(dir: PathBuf, port: u16) {
     let listener = tokio::net::TcpListener::bind(("127.0.0.1", port)).await.unwrap();
     loop {
         let (socket, _) = listener.accept().await.unwrap();
-        socket.set_nodelay(true).unwrap();
+        socket.set_nodelay(!dir.join("as-ceph").exists()).unwrap();
         let (service, dir, tls) = (service.clone(), dir.clone(), tls.clone());
         tokio::spawn(async move {
             let answer = hyper::service::service_fn(move |request| one(service.clone(), dir.clone(), request));
@@ -210,7 +220,63 @@ async fn one(
         *answer.status_mut() = StatusCode::from_u16(status).unwrap();
         return Ok(answer);
     }
+    if dir.join("as-ceph").exists() {
+        return one_as_ceph(service, &dir.join("data"), request).await;
+    }
     hyper::service::Service::call(&service, request).await
+}
+
+/// What was got last, and its tag without quotes.
+static TAG: Mutex<(String, String)> = Mutex::new((String::new(), String::new()));
+
+async fn one_as_ceph(
+    service: S3Service,
+    data: &Path,
+    request: Request<Incoming>,
+) -> Result<Response<s3s::Body>, s3s::HttpError> {
+    let (path, method) = (request.uri().path().to_owned(), request.method().clone());
+    if let Some(tag) = request.headers().get(IF_MATCH).filter(|_| method == Method::PUT) {
+        let same = *TAG.lock().unwrap() == (path.clone(), tag.to_str().unwrap().to_owned());
+        let body = request.into_body().collect().await.unwrap().to_bytes();
+        let mut answer = Response::new(s3s::Body::empty());
+        if same {
+            std::fs::write(data.join(&path[1..]), body).unwrap();
+            answer.headers_mut().insert(ETAG, "\"new\"".parse().unwrap());
+        } else {
+            *answer.status_mut() = StatusCode::PRECONDITION_FAILED;
+        }
+        return Ok(answer);
+    }
+    let answer = hyper::service::Service::call(&service, request).await?;
+    if let Some(tag) = answer.headers().get(ETAG).filter(|_| method == Method::GET) {
+        *TAG.lock().unwrap() = (path, tag.to_str().unwrap().trim_matches('"').to_owned());
+    }
+    let pause = Box::pin(tokio::time::sleep(Duration::from_millis(1)));
+    Ok(answer.map(|body| s3s::Body::http_body_unsync(Later { pause, body })))
+}
+
+/// A body that comes when its head has been sent.
+struct Later {
+    pause: Pin<Box<tokio::time::Sleep>>,
+    body: s3s::Body,
+}
+
+impl Body for Later {
+    type Data = Bytes;
+    type Error = s3s::StdError;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, s3s::StdError>>> {
+        ready!(self.pause.as_mut().poll(cx));
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
 }
 
 fn acceptor(dir: &Path) -> TlsAcceptor {
