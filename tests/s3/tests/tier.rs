@@ -475,9 +475,9 @@ fn a_server_as_cephs_gateway_is_begun_again_and_held_up_by_no_late_acknowledgeme
         })
         .collect();
     assert!(store.stats().disk.unwrap().fetches >= fetches + times.len() as u64 / 2);
-    // Linux holds an acknowledgement back for 40 ms at least. A busy machine holds up some reads as well, not all.
+    // Linux holds an acknowledgement back for 40 ms at least. A busy machine holds up most reads as well, not all.
     times.sort();
-    assert!(times[times.len() / 4] < Duration::from_millis(30), "{times:?}");
+    assert!(times[times.len() / 10] < Duration::from_millis(30), "{times:?}");
 }
 
 /// An authority, and a server's certificate for localhost.
