@@ -440,7 +440,7 @@ fn settings_of_a_server_are_tried_before_pages_depend_on_them() {
     let mut server = on_file(&dir, &["--tls=require", "--tls-verify-peer", &directory]);
     let file = |name: &str| at.join(name).display().to_string();
     let tier = format!(
-        "nbd:nbds+unix://localhost/?socket={},size=64M,timeout=5s,ca={},cert={},key={}",
+        "nbd:nbds+unix://localhost/?socket={},size=64M,timeout=60s,ca={},cert={},key={}",
         file("s"),
         file("ca-cert.pem"),
         file("client-cert.pem"),
