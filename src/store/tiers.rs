@@ -242,7 +242,7 @@ fn pair_of(marks: Marks) -> u32 {
 
 /// In the words of `--tier`.
 fn packing(codec: CodecChoice, group_pages: usize) -> String {
-    format!("codec={codec},group={}K", group_pages * crate::PAGE_BYTES >> 10)
+    format!("codec={codec},group={}K", group_pages * crate::PAGE_BYTES / 1024)
 }
 
 /// What the limit cannot be below: with what is live in memory, less what may go down.

@@ -106,7 +106,7 @@ while [ $n -lt "$rounds" ]; do
         kill -9 "$(number pid)" 2> /dev/null || true
         wait $setting || echo "round $n: $(cat /tmp/why)"
         # It may have been the one of the new codec: while it is being followed nothing is changed.
-        sleep 2
+        until ghostswap-ublk tier set 0 ram "$packing" 2> /tmp/why || ! grep -q 'not now' /tmp/why; do sleep 1; done
     fi
     ghostswap-ublk tier set 0 ram "$packing" || fail "round $n: set codec and group"
     holds
