@@ -256,7 +256,7 @@ fn settings_change_under_load_and_hold() {
             (2, "disk,size=1G", "remove the tier"),
             (2, "ram", "what to set"),
             (1, "ram,limit=1G", "made for"),
-            (1, "ram,limit=4M,codec=lz4", "needs"),
+            (1, "ram,limit=1G,codec=lz4", "made for"),
             (1, "cold,idle=5m", "no second memory tier"),
             (1, "cold,codec=zstd:5", "no second memory tier"),
             (1, "disk,timeout=5s", "of a file tier"),
