@@ -58,10 +58,10 @@ struct Args {
     /// Listen at this Unix socket for `ghostswap-nbd exports`
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
-    /// Where pages are kept: ram[,limit=SIZE|PERCENT%][,codec=lz4|zstd[:LEVEL]][,group=SIZE]
-    /// [,high=PERCENT%][,low=PERCENT%]. A second one: how they are
-    /// compressed again when they have lain still, as in ram,codec=zstd:3,group=64K,idle=10m. Last, what lies below
-    /// memory: file:PATH,size=SIZE, block:DEVICE or another server's export, nbd:URI
+    /// Where pages are kept: ram[,limit=SIZE|PERCENT%][,codec=lz4|zstd[:LEVEL]][,group=SIZE][,high=PERCENT%]
+    /// [,low=PERCENT%]. A second one: how they are compressed again when they have lain still, as in
+    /// ram,codec=zstd:3,group=64K,idle=10m. Last, what lies below memory: file:PATH,size=SIZE, block:DEVICE, another
+    /// server's export, nbd:URI, or a bucket, s3:BUCKET/PREFIX,endpoint=URL
     #[arg(long, value_name = "SPEC")]
     tier: Vec<TierConfig>,
     /// Most clients at once that have gone to an export [default: the store's]
@@ -168,7 +168,8 @@ enum TierCommand {
     Add {
         #[command(flatten)]
         at: At,
-        /// As in file:/var/lib/ghostswap/cold,size=64G, block:/dev/nvme1n1p3 or nbd:nbd://192.0.2.7/cold
+        /// As in file:/var/lib/ghostswap/cold,size=64G, block:/dev/nvme1n1p3, nbd:nbd://192.0.2.7/cold or
+        /// s3:pages/node1,endpoint=https://s3.example.net
         #[arg(value_parser = below)]
         spec: TierConfig,
     },
