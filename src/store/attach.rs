@@ -21,6 +21,10 @@ use crate::error::{Error, Result};
 use crate::io::{Medium, TierKey, BLOCK_BYTES};
 use crate::tier::{extents_in, Lower};
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+/// Who was killed a moment ago has it until the kernel has ended the last of his requests.
+const CLAIM_PATIENCE: Duration = Duration::from_secs(1);
 
 /// A tier that the arena does not know yet: taken, made one, not yet bound to it.
 #[derive(Clone, Copy)]
@@ -39,7 +43,13 @@ impl New {
             let why = format!("it has {}, less than 16 MiB", format_size(bytes));
             return Err(Error::BadTier { tier: medium.to_string(), why });
         }
-        medium.claim()?;
+        let begun = Instant::now();
+        while let Err(why) = medium.claim() {
+            if begun.elapsed() >= CLAIM_PATIENCE {
+                return Err(why);
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
         let id = crate::arena::random()?;
         medium.initialise(&id, bytes)?;
         Ok(New { id, extents })
