@@ -18,13 +18,13 @@ impl Store {
     /// lanes are open, while which nothing can be compared. Background threads rest meanwhile.
     pub fn audit(&self) -> std::result::Result<(), String> {
         let s = self.shared();
+        let _growth = s.quiet[0].lock().unwrap_or_else(PoisonError::into_inner);
+        let _cleaner = s.quiet[1].lock().unwrap_or_else(PoisonError::into_inner);
+        let _mover = s.quiet[2].lock().unwrap_or_else(PoisonError::into_inner);
         let lanes = s.lanes.lock().unwrap_or_else(PoisonError::into_inner);
         if lanes.iter().any(|taken| *taken) {
             return Err("lanes are open".into());
         }
-        let _growth = s.quiet[0].lock().unwrap_or_else(PoisonError::into_inner);
-        let _cleaner = s.quiet[1].lock().unwrap_or_else(PoisonError::into_inner);
-        let _mover = s.quiet[2].lock().unwrap_or_else(PoisonError::into_inner);
         let there = s.arena.residency().map_err(|e| e.to_string())?;
         let mut wrong = String::new();
         let nodes = maps(s, &there.meta, &mut wrong)?;

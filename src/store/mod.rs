@@ -10,8 +10,9 @@
 //! (`recover.rs`); `audit.rs` says the same invariants once more, as a check.
 //!
 //! Lock order: none on the I/O path. `lanes` and `volumes` are mutexes taken only when a lane or a
-//! volume is opened or closed. `audit` takes `lanes`, then `quiet` in order; each background thread
-//! takes its own of `quiet` for a step and nothing else within. `changing` is taken alone.
+//! volume is opened or closed. Each background thread takes its own of `quiet` for a step, and within
+//! that the cleaner `lanes`, when it begins to compress again; `audit` takes `quiet` in order, then
+//! `lanes`. `changing` is taken alone.
 
 mod append;
 mod attach;
