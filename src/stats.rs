@@ -74,6 +74,8 @@ pub struct DiskStats {
     /// Reads for pages, of one block or a few.
     pub fetches: u64,
     pub fetched_bytes: u64,
+    /// Pages that were in what had been fetched for others.
+    pub beside_pages: u64,
     pub compacted_segments: u64,
     /// Segments brought up because they were asked for again and again.
     pub promoted_segments: u64,
@@ -140,7 +142,7 @@ impl fmt::Display for Stats {
         if let Some(d) = &self.disk {
             writeln!(
                 f,
-                "disk      {} of {} at {}: {} live; {} written, {} fetched in {} reads{}",
+                "disk      {} of {} at {}: {} live; {} written, {} fetched in {} reads, {} pages with others'{}",
                 format_size(d.used_bytes),
                 format_size(d.capacity_bytes),
                 d.path,
@@ -148,6 +150,7 @@ impl fmt::Display for Stats {
                 format_size(d.written_bytes),
                 format_size(d.fetched_bytes),
                 d.fetches,
+                d.beside_pages,
                 match (d.failing, d.draining) {
                     (true, _) => "; WRITES FAIL",
                     (_, true) => "; being drained",

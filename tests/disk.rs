@@ -159,6 +159,27 @@ fn damage_is_found_and_is_one_pages_own() {
     }
 }
 
+/// As the kernel's readahead asks: each page alone, in the order in which they were written out.
+#[test]
+fn what_lies_beside_comes_along_and_at_random_nothing_does() {
+    let dir = Dir::new("beside");
+    let store = Store::open(config(&dir.tier(), "ram,limit=8M", "")).unwrap();
+    let mut lane = store.create_volume(1 << 30).unwrap().lane().unwrap();
+    write(&mut lane, 0..PAGES, 1);
+    let disk = || store.stats().disk.unwrap();
+    let before = disk();
+    check(&mut lane, 0..4000, 1);
+    let (reads, beside) = (disk().fetches - before.fetches, disk().beside_pages - before.beside_pages);
+    assert!(beside > 3 * reads && reads + beside <= 4000 && beside > 2000, "{beside} pages with {reads} reads");
+    // No more than a page needs, once that has proved to be of no use.
+    let scattered = |n: u64| (n * 7919 + 13) % 4000;
+    check(&mut lane, (0..100).map(scattered), 1);
+    let before = disk();
+    check(&mut lane, (100..900).map(scattered), 1);
+    let (reads, bytes) = (disk().fetches - before.fetches, disk().fetched_bytes - before.fetched_bytes);
+    assert!(bytes / reads <= 9000, "{bytes} bytes in {reads} reads");
+}
+
 /// One volume in memory only, one below at once, one as it comes; cleaning keeps them apart, and so does another store.
 #[test]
 fn volumes_lie_where_they_may() {

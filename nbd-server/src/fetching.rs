@@ -4,7 +4,8 @@
 //! What was read of memory before a page on disk was met is kept. A page that is written while a read of it
 //! waits is read as it was before or after that, as the protocol has it of requests that are under way together;
 //! the lane sees to it that it is one of the two. Bounded in number and bytes; beyond that a read that needs the
-//! disk waits for one of these to end.
+//! disk waits for one of these to end. A part for which a read that is under way brings all that it needs waits for
+//! that one, and finds it with the lane then.
 
 use crate::proto::Request;
 use ghostswap::{EndedRead, Fetch, Lane, Reads, Result, Taken};
@@ -27,12 +28,14 @@ pub struct Part {
     pub data: Vec<u8>,
     done: usize,
     refused: u32,
+    /// It waited for another's read, which is not to happen twice in a row.
+    joined: bool,
 }
 
 impl Part {
     /// `data` is as long as the part, and its first `done` bytes are there.
     pub fn new(request: Request, offset: u64, data: Vec<u8>, done: usize) -> Part {
-        Part { request, offset, data, done, refused: 0 }
+        Part { request, offset, data, done, refused: 0, joined: false }
     }
 }
 
@@ -48,6 +51,10 @@ pub struct Fetching {
     fetch_bytes: usize,
     /// By the number of the read that they wait for.
     at_disk: Vec<Option<(Part, Fetch)>>,
+    /// Those for which that read brings what they need.
+    joined: Vec<(usize, Part)>,
+    /// Those that go on: what they joined has ended, well or not.
+    free: Vec<Part>,
     refused: Vec<(Part, Instant)>,
     bytes: usize,
     max_bytes: usize,
@@ -58,7 +65,8 @@ impl Fetching {
         let fetch_bytes = lane.fetch_bytes();
         let reads = if fetch_bytes > 0 && max_bytes > 0 { Reads::new(lane, MAX_READS)? } else { None };
         let at_disk = (0..if reads.is_some() { MAX_READS } else { 0 }).map(|_| None).collect();
-        Ok(Fetching { reads, fetch_bytes, at_disk, refused: Vec::new(), bytes: 0, max_bytes })
+        let (joined, free, refused) = (Vec::new(), Vec::new(), Vec::new());
+        Ok(Fetching { reads, fetch_bytes, at_disk, joined, free, refused, bytes: 0, max_bytes })
     }
 
     pub fn is_empty(&self) -> bool {
@@ -67,8 +75,8 @@ impl Fetching {
 
     /// Whether a part of so many bytes may wait beside those that do.
     pub fn has_room(&self, bytes: usize) -> bool {
-        let free = || self.at_disk.iter().flatten().count() + self.refused.len() < MAX_READS;
-        self.reads.is_some() && self.bytes + self.cost(bytes) <= self.max_bytes && free()
+        let waiting = || self.at_disk.iter().flatten().count() + self.joined.len() + self.free.len() + self.refused.len();
+        self.reads.is_some() && self.bytes + self.cost(bytes) <= self.max_bytes && waiting() < MAX_READS
     }
 
     pub fn push(&mut self, part: Part, fetch: Fetch) {
@@ -111,11 +119,18 @@ impl Fetching {
         bytes + self.fetch_bytes
     }
 
-    fn wait(&mut self, part: Part, waits: Waits) {
+    fn wait(&mut self, mut part: Part, waits: Waits) {
         let reads = self.reads.as_mut().expect("what waits for the disk was read from one");
         match waits {
             Waits::Until(until) => self.refused.push((part, until)),
             Waits::Disk(fetch) => {
+                if !std::mem::take(&mut part.joined) {
+                    let brings = |read: &Option<(Part, Fetch)>| read.as_ref().is_some_and(|(_, it)| it.brings(&fetch));
+                    if let Some(number) = self.at_disk.iter().position(brings) {
+                        part.joined = true;
+                        return self.joined.push((number, part));
+                    }
+                }
                 let number = reads.start(fetch.at(), fetch.bytes());
                 let number = number.expect("there are no more parts than reads may be under way");
                 self.at_disk[number] = Some((part, fetch));
@@ -123,8 +138,11 @@ impl Fetching {
         }
     }
 
-    /// One that was refused and may be tried again.
+    /// One that may go on, or was refused and may be tried again.
     fn due(&mut self) -> Option<(Part, Result<Option<Waits>>)> {
+        if let Some(part) = self.free.pop() {
+            return Some((part, Ok(None)));
+        }
         let now = Instant::now();
         let which = self.refused.iter().position(|(_, until)| *until <= now)?;
         Some((self.refused.swap_remove(which).0, Ok(None)))
@@ -134,6 +152,9 @@ impl Fetching {
     fn fetched(&mut self, lane: &mut Lane) -> Option<(Part, Result<Option<Waits>>)> {
         let EndedRead { number, mut buffer, result } = self.reads.as_mut()?.ended()?;
         let (mut part, fetch) = self.at_disk[number].take().expect("a part waits for each read");
+        while let Some(which) = self.joined.iter().position(|(at, _)| *at == number) {
+            self.free.push(self.joined.swap_remove(which).1);
+        }
         if let Err(source) = result {
             let error = lane.fetch_failed(&fetch, source);
             part.refused += 1;

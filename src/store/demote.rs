@@ -453,6 +453,7 @@ pub(super) fn stats(s: &Shared, lower: &Lower) -> DiskStats {
         written_segments: count(&c.segments_written),
         fetches: count(&c.fetches),
         fetched_bytes: count(&c.bytes_fetched),
+        beside_pages: count(&c.beside),
         compacted_segments: count(&c.compacted),
         promoted_segments: count(&c.promoted),
         write_errors: count(&c.write_errors),

@@ -10,7 +10,10 @@
 //!
 //! A fetch begins at the first page's record and goes on over the records of the pages behind it in the
 //! same request, as far as they lie in the same segment and in reach: what was written together is read
-//! together.
+//! together. It goes on further if that was of use lately, and what was fetched is kept for a while (`kept.rs`), so
+//! a page beside it costs no read. Whoever has several fetches under way asks of a new one whether one of those brings it
+//! ([`Fetch::brings`]), and waits for that if so. If not all of what was read opens, the first page's is read
+//! alone: what is damaged is lost, and not what was read with it.
 
 use super::{Lane, Shared};
 use crate::error::{Error, Result};
@@ -18,7 +21,7 @@ use crate::io::{Source, BLOCK_BYTES};
 use crate::log::record::{most_total, Header, GROUP_HEADER};
 use crate::log::segment::{record_of, Below};
 use crate::map::{Kind, Slot, Stored};
-use crate::page::{PageNo, PAGE_BYTES};
+use crate::page::{PageNo, SegmentId, PAGE_BYTES};
 use crate::tier::{Lower, PAYLOAD};
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::Ordering;
@@ -34,6 +37,8 @@ const REACH_BLOCKS: usize = 8;
 pub struct Fetch {
     at: u64,
     bytes: usize,
+    /// Of these, those for the first page.
+    needed: usize,
     page: PageNo,
     word: Slot,
     stored: Stored,
@@ -50,6 +55,13 @@ impl Fetch {
     /// How much: whole blocks, at most what [`Lane::fetch_bytes`] says.
     pub fn bytes(&self) -> usize {
         self.bytes
+    }
+
+    /// Whether this one, once it is there, has all that the other's first page needs.
+    pub fn brings(&self, other: &Fetch) -> bool {
+        let same = self.stored.segment == other.stored.segment && self.below == other.below;
+        let end = |fetch: &Fetch, bytes: usize| fetch.first_block * BLOCK_BYTES + bytes;
+        same && self.first_block <= other.first_block && end(other, other.needed) <= end(self, self.bytes)
     }
 
     /// Whether the word still stands for what was fetched. Within an epoch.
@@ -107,13 +119,14 @@ impl Lane {
         let lower = s.lower.as_ref().expect("what was fetched came from a disk tier");
         lower.counts.fetches.fetch_add(1, Ordering::Relaxed);
         lower.counts.bytes_fetched.fetch_add(fetch.bytes as u64, Ordering::Relaxed);
-        if lower.asked.note(fetch.stored.segment) {
-            s.wake_mover();
-        }
+        note(&s, lower, fetch.stored.segment);
         let blocks = &mut blocks[..fetch.bytes];
         let Some(plain) = lower.seal.open(blocks, fetch.first_block as u32, fetch.below.sequence) else {
             return self.unopened(lower, fetch);
         };
+        if let Some(kept) = &mut self.kept {
+            kept.keep(fetch.stored.segment, fetch.below.sequence, fetch.first_block * PAYLOAD, plain);
+        }
         let mut done = 0;
         while done < buf.len() {
             let (page, inner, n) = piece(offset + done as u64, buf.len() - done);
@@ -144,9 +157,36 @@ impl Lane {
         })
     }
 
+    /// The content of a page that lies in what was fetched for another. None: it does not. Within an epoch.
+    pub(super) fn take_kept(&mut self, s: &Shared, page: PageNo, at: Stored, out: &mut [u8]) -> Option<Result<()>> {
+        let (lower, below) = (s.lower.as_ref()?, s.segments.below(&s.arena, at.segment)?);
+        let mut kept = self.kept.take()?;
+        let found = kept.find(at.segment, below.sequence, at.offset as usize);
+        let record = found.and_then(|(run, rest)| Some((run, record_of(|n| rest.get(..n))?)));
+        let taken = record.map(|(run, (header, record))| {
+            let done = self.decode_record(page, at, header, record, Some(below.sequence), out);
+            (run, done)
+        });
+        let done = taken.map(|(run, done)| {
+            kept.was_of_use(run);
+            lower.counts.beside.fetch_add(1, Ordering::Relaxed);
+            note(s, lower, at.segment);
+            done
+        });
+        self.kept = Some(kept);
+        done
+    }
+
+    /// What was read beyond the first page may be all that is damaged.
     fn unopened(&mut self, lower: &Lower, fetch: &Fetch) -> Result<Taken> {
         if self.still_there(fetch, fetch.page) != Some(fetch.word) {
             return Ok(Taken::Bytes(0));
+        }
+        if let Some(kept) = &mut self.kept {
+            kept.damaged();
+        }
+        if fetch.needed < fetch.bytes {
+            return Ok(Taken::More(Fetch { bytes: fetch.needed, ..*fetch }));
         }
         let page = u64::from(self.volume.0) << 32 | u64::from(fetch.page.0);
         lower.counts.last_corrupt.store(page, Ordering::Relaxed);
@@ -180,6 +220,7 @@ impl Lane {
         let header = Header::read(rest).ok_or_else(corrupt)?;
         let mut more = *fetch;
         let reached = more.reach(at.offset as usize + header.total(), self.fetch_bytes());
+        more.needed = more.bytes;
         if reached && more.bytes > fetch.bytes {
             Ok(more)
         } else {
@@ -199,6 +240,7 @@ impl Lane {
         let mut fetch = Fetch {
             at: lower.at(below.extent) + (first_block * BLOCK_BYTES) as u64,
             bytes: 0,
+            needed: 0,
             page,
             word,
             stored: at,
@@ -208,11 +250,21 @@ impl Lane {
         let most = most_bytes(s.config.most_group_pages());
         let end = at.offset as usize + likely.max(GROUP_HEADER);
         fetch.reach(end.min(below.used).min((first_block + most / BLOCK_BYTES) * PAYLOAD), most);
+        fetch.needed = fetch.bytes;
         Ok(fetch)
     }
 
-    /// Has the fetch go on over the pages behind its first one. Within an epoch.
+    /// Has the fetch go on over the pages behind its first one, and then as far as was of use lately. Within an epoch.
     pub(super) fn widen(&self, s: &Shared, fetch: &mut Fetch, pages: u32) {
+        self.widen_over(s, fetch, pages);
+        let most = most_bytes(s.config.most_group_pages());
+        let ahead = self.kept.as_ref().map_or(0, |kept| kept.ahead());
+        let blocks = (fetch.bytes / BLOCK_BYTES + ahead).min(most / BLOCK_BYTES);
+        let end = ((fetch.first_block + blocks) * PAYLOAD).min(fetch.below.used);
+        fetch.reach(end, most);
+    }
+
+    fn widen_over(&self, s: &Shared, fetch: &mut Fetch, pages: u32) {
         for i in 1..pages {
             let Some(page) = fetch.page.0.checked_add(i) else { return };
             let Kind::Stored(at) = crate::map::load(&s.map, &s.arena, self.volume, PageNo(page)).kind() else { return };
@@ -249,6 +301,13 @@ impl Lane {
             lower.counts.read_errors.fetch_add(1, Ordering::Relaxed);
         }
         Error::Unreadable { page: fetch.page.0, segment: fetch.stored.segment.0, source }
+    }
+}
+
+/// Notes that pages of a segment are asked for.
+fn note(s: &Shared, lower: &Lower, segment: SegmentId) {
+    if lower.asked.note(segment) {
+        s.wake_mover();
     }
 }
 

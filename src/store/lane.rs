@@ -3,6 +3,7 @@
 
 use super::append::{kept_by_lanes, Appender, Outcome};
 use super::fetch::{most_bytes, piece, Fetch};
+use super::kept::Kept;
 use super::{Shared, Store};
 use crate::codec::{fill, same_filled};
 use crate::error::{Error, Result};
@@ -44,6 +45,8 @@ pub struct Lane {
     spent: bool,
     /// Room for what this lane reads from disk itself.
     pub(super) blocks: Option<Buffer>,
+    /// What it fetched lately.
+    pub(super) kept: Option<Kept>,
 }
 
 impl Lane {
@@ -54,7 +57,8 @@ impl Lane {
         let seen = s.seen().group_pages;
         let group = vec![0xa5; if seen > 1 { seen * PAGE_BYTES } else { 0 }];
         let blocks = s.lower.as_ref().map(|_| Buffer::new(most_bytes(s.config.most_group_pages())));
-        Ok(Lane { volume, index, appender, group: group.into(), group_of: None, spent: false, blocks, store })
+        let kept = s.lower.as_ref().map(|_| Kept::new());
+        Ok(Lane { volume, index, appender, group: group.into(), group_of: None, spent: false, blocks, kept, store })
     }
 
     /// Reads a range; what was never written reads as zeros.
@@ -295,7 +299,12 @@ impl Lane {
                 self.copy_of_group(at, out);
                 return Ok(None);
             }
-            Place::Below(_) => return self.plan(s, page, word, at).map(Some),
+            Place::Below(_) => {
+                return match self.take_kept(s, page, at, out) {
+                    Some(done) => done.map(|()| None),
+                    None => self.plan(s, page, word, at).map(Some),
+                };
+            }
         };
         if s.lower.is_some() {
             s.segments.touch(&s.arena, at.segment);

@@ -23,6 +23,7 @@ mod cold;
 mod demote;
 mod fetch;
 mod grow;
+mod kept;
 mod kinds;
 mod lane;
 #[cfg(all(test, loom))]

@@ -8,6 +8,7 @@
 use super::attach::New;
 use super::demote::{Mover, Tools};
 use super::fetch::most_bytes;
+use super::kept::RING_BYTES;
 use super::recover::heap_bytes;
 use super::{build, clean, Owner, Store};
 use crate::arena::{host_memory, Arena, Spare, Waiting};
@@ -187,6 +188,8 @@ fn rehearse(config: &Checked, waiting: &Waiting, extents: u32) -> usize {
     // Of each lane and of those who clean, compress again and move: what a record is made in, and what a group is
     // decoded to.
     let room = vec![0xa5u8; (2 * config.max_lanes + 7) * config.group_pages_seen * PAGE_BYTES];
+    // And what each lane keeps of what it fetched.
+    let kept = vec![0xa5u8; if config.below.is_some() { config.max_lanes * RING_BYTES } else { 0 }];
     // There are such pages: the one who makes them is made at once.
     let again = config.cold.filter(|cold| config.codecs_seen & cold.codec.bit() != 0);
     let again = again.map(|cold| Codec::new(cold.codec, config.codecs_seen));
@@ -194,7 +197,7 @@ fn rehearse(config: &Checked, waiting: &Waiting, extents: u32) -> usize {
     let segments = segments(config, waiting, extents);
     let lists = vec![0xa5u8; heap_bytes([frames, segments, meta])];
     let codecs: Vec<Codec> = (0..=config.max_lanes).map(|_| Codec::new(config.codec, config.codecs_seen)).collect();
-    drop(std::hint::black_box((lists, room, again, codecs)));
+    drop(std::hint::black_box((lists, room, kept, again, codecs)));
     segments
 }
 

@@ -48,6 +48,8 @@ pub(crate) struct Counts {
     pub bytes_written: AtomicU64,
     pub fetches: AtomicU64,
     pub bytes_fetched: AtomicU64,
+    /// Pages that were in what was fetched for others.
+    pub beside: AtomicU64,
     pub compacted: AtomicU64,
     /// Segments brought up because they were asked for again and again.
     pub promoted: AtomicU64,

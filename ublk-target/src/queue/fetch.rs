@@ -1,5 +1,6 @@
 //! Reads of what lies on disk, or behind a server: told of in the queue's own ring, while it serves others. A few are under way
-//! at a time, each with a buffer of its own; reads beyond them wait their turn. A read that the disk
+//! at a time, each with a buffer of its own; reads beyond them wait their turn. A read for which one that is under way
+//! brings all that it needs waits for that one, and finds it with the lane then. A read that the disk
 //! refuses is tried again with the next beats, and fails with EIO when it was refused often enough.
 
 #![allow(unsafe_code)] // pwrite to a borrowed descriptor; beginning a read, pushing it on the ring.
@@ -26,11 +27,13 @@ pub struct Read {
     len: usize,
     done: usize,
     refused: u32,
+    /// It waited for another's fetch, which is not to happen twice in a row.
+    joined: bool,
 }
 
 impl Read {
     pub fn new(tag: u16, offset: u64, len: usize) -> Read {
-        Read { tag, offset, len, done: 0, refused: 0 }
+        Read { tag, offset, len, done: 0, refused: 0, joined: false }
     }
 }
 
@@ -46,6 +49,8 @@ pub struct Fetches {
     /// Reads that wait for a place, and those that wait for the next beat. As many as there are tags.
     waiting: std::collections::VecDeque<Read>,
     refused: Vec<Read>,
+    /// Reads for which the fetch of that place brings what they need.
+    joined: Vec<(usize, Read, Fetch)>,
     /// None: there is nothing below memory.
     source: Option<Source>,
 }
@@ -58,6 +63,7 @@ impl Fetches {
             places: Vec::with_capacity(FETCHES),
             waiting: std::collections::VecDeque::with_capacity(depth),
             refused: Vec::with_capacity(depth),
+            joined: Vec::with_capacity(depth),
             source: None,
         };
         fetches.fit(bytes);
@@ -123,7 +129,13 @@ impl Server<'_> {
         n == bytes as isize
     }
 
-    fn fetch(&mut self, read: Read, fetch: Fetch) {
+    fn fetch(&mut self, mut read: Read, fetch: Fetch) {
+        if !std::mem::take(&mut read.joined) {
+            let brings = |place: &Place| place.job.is_some_and(|(_, under_way)| under_way.brings(&fetch));
+            if let Some(place) = self.fetches.places.iter().position(brings) {
+                return self.fetches.joined.push((place, Read { joined: true, ..read }, fetch));
+            }
+        }
         match self.fetches.places.iter().position(|place| place.job.is_none()) {
             Some(free) if self.start(free, &fetch) => self.fetches.places[free].job = Some((read, fetch)),
             _ => self.fetches.waiting.push_back(read),
@@ -151,10 +163,17 @@ impl Server<'_> {
 
     /// A fetch has ended, well or not.
     pub(super) fn fetched(&mut self, queue: &UblkQueue<'_>, place: usize, result: i32) {
+        // Others may join the next one of this place before these have been seen to.
+        let joined = self.fetches.joined.iter().filter(|(at, ..)| *at == place).count();
         let at = &mut self.fetches.places[place];
         let Some((mut read, fetch)) = at.job.take() else { return };
         if result != fetch.bytes() as i32 {
             self.refuse(queue, read, &fetch, result);
+            for _ in 0..joined {
+                if let Some((read, fetch)) = self.joined(place) {
+                    self.refuse(queue, read, &fetch, result);
+                }
+            }
             return self.next_waiting(queue);
         }
         let slice = &mut self.buf[..SLICE_BYTES.min(read.len - read.done)];
@@ -164,7 +183,19 @@ impl Server<'_> {
             Ok(Taken::More(more)) => self.fetch(read, more),
             Err(e) => self.answer(queue, read.tag, errno(&e)),
         }
+        for _ in 0..joined {
+            if let Some((read, _)) = self.joined(place) {
+                self.go_on(queue, read);
+            }
+        }
         self.next_waiting(queue);
+    }
+
+    /// One that waited for the fetch of a place, and what it would have fetched itself.
+    fn joined(&mut self, place: usize) -> Option<(Read, Fetch)> {
+        let which = self.fetches.joined.iter().position(|(at, ..)| *at == place)?;
+        let (_, read, fetch) = self.fetches.joined.remove(which);
+        Some((read, fetch))
     }
 
     fn next_waiting(&mut self, queue: &UblkQueue<'_>) {
