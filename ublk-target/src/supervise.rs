@@ -315,8 +315,11 @@ impl<'a> Supervisor<'a> {
     }
 
     fn is_live(&mut self, said: &str) {
+        let (live_us, said) = said.split_once(' ').unwrap_or_default();
         if let Some(died) = self.died.take() {
-            let (board, us) = (self.shared.board, died.elapsed().as_micros() as u64);
+            // This process may hear of it late, when it is making the next to stand by.
+            let late_us = protect::monotonic_us().saturating_sub(live_us.parse().unwrap_or(u64::MAX));
+            let (board, us) = (self.shared.board, (died.elapsed().as_micros() as u64).saturating_sub(late_us));
             board.last_take_over_us.store(us, Ordering::Relaxed);
             board.longest_take_over_us.fetch_max(us, Ordering::Relaxed);
         }
@@ -415,15 +418,17 @@ impl<'a> Supervisor<'a> {
             _ => drop(board.taken_over.fetch_add(1, Ordering::Relaxed)),
         }
         board.generation.fetch_add(1, Ordering::Relaxed);
-        let order = match (upgraded, changed) {
-            (true, _) => "recover was of an older program".to_owned(),
-            (_, true) => "recover had other tiers".to_owned(),
+        let why = match (upgraded, changed) {
+            (true, _) => "was of an older program".to_owned(),
+            (_, true) => "had other tiers".to_owned(),
             _ => {
                 let (ready, all) = (ready_count(&self.standbys), self.standbys.len());
                 let since = taking_over.map_or(String::new(), |t| format!(" {t:?} after the last that served"));
-                format!("recover {why}{since}, {ready} of {all} standbys ready")
+                format!("{why}{since}, {ready} of {all} standbys ready")
             }
         };
+        let died_us = protect::monotonic_us().saturating_sub(died.elapsed().as_micros() as u64);
+        let order = format!("recover {died_us} {why}");
         // One that is not ready yet will be soonest; one that cannot be told is dead.
         self.standbys.sort_by_key(|s| !s.ready);
         let mut ready = None;

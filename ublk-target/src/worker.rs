@@ -85,24 +85,51 @@ struct Device {
     recovered: bool,
 }
 
-/// What took how long on the way to live.
+/// What a worker is told to do.
+struct Order<'a> {
+    /// To take over, and why. None: to make a new device.
+    why: Option<&'a str>,
+    /// Since when the device has had no worker, on the clock that all processes share.
+    since_us: u64,
+}
+
+impl Order<'_> {
+    /// `add`, or `recover`, when the worker before died, and how.
+    fn read(line: &str) -> Result<Order<'_>> {
+        let mut words = line.splitn(3, ' ');
+        let since_us = match (words.next(), words.next()) {
+            (Some("add"), None) => Some(protect::monotonic_us()),
+            (Some("recover"), Some(died_us)) => died_us.parse().ok(),
+            _ => None,
+        };
+        let why = words.next();
+        since_us.map(|since_us| Order { why, since_us }).with_context(|| format!("bad order: {line}"))
+    }
+}
+
+/// What took how long on the way to live, which begins with the death of the worker before.
 struct Steps {
-    last: Instant,
-    taken: [(&'static str, Duration); 5],
+    last_us: u64,
+    taken: [(&'static str, Duration); 6],
     count: usize,
     /// At the beginning.
     usage: Usage,
 }
 
 impl Steps {
-    fn new() -> Steps {
-        Steps { last: Instant::now(), taken: [("", Duration::ZERO); 5], count: 0, usage: Usage::now() }
+    /// Since then, on the clock that all processes share: a worker's death, of which another told.
+    fn since(last_us: u64) -> Steps {
+        Steps { last_us, taken: [("", Duration::ZERO); 6], count: 0, usage: Usage::now() }
     }
 
     fn done(&mut self, what: &'static str) {
-        let now = Instant::now();
-        self.taken[self.count] = (what, now - self.last);
-        (self.last, self.count) = (now, self.count + 1);
+        let now_us = protect::monotonic_us();
+        self.taken[self.count] = (what, Duration::from_micros(now_us.saturating_sub(self.last_us)));
+        (self.last_us, self.count) = (now_us, self.count + 1);
+    }
+
+    fn all(&self) -> Duration {
+        self.taken.iter().map(|(_, time)| time).sum()
     }
 }
 
@@ -126,11 +153,14 @@ pub fn run(setup: Setup<'_>) -> Result<()> {
     daemon::say(&mut tell, "ready");
     let Some(order) = ready.wait_for_order(&mut orders)? else { return Ok(()) };
     voice.rise();
-    let mut steps = Steps::new();
+    let order = Order::read(&order)?;
+    let mut steps = Steps::since(order.since_us);
+    steps.done("order");
     let (device, dev) = ready.go_live(&order, &mut steps)?;
+    let live_us = steps.last_us;
     let mut guard = device.guard(setup.feed);
     let (id, recoverable) = (device.ctrl.dev_info().dev_id, device::can_recover(&device.ctrl));
-    daemon::say(&mut tell, &format!("live {id} {recoverable} {}", device.path.display()));
+    daemon::say(&mut tell, &format!("live {live_us} {id} {recoverable} {}", device.path.display()));
     protect::as_any_other();
     device.settle(&order, &steps, Usage::since(steps.usage));
     device.wait_for_stop(&mut guard);
@@ -184,12 +214,11 @@ impl<'a> Ready<'a> {
     }
 
     /// Returns once the kernel's device answers.
-    fn go_live(self, order: &str, steps: &mut Steps) -> Result<(Device, Arc<UblkDev>)> {
-        let recovered = match (order.split(' ').next(), &self.watched) {
-            (Some("add"), None) => false,
-            (Some("recover"), Some(_)) => true,
-            _ => bail!("bad order: {order}"),
-        };
+    fn go_live(self, order: &Order<'_>, steps: &mut Steps) -> Result<(Device, Arc<UblkDev>)> {
+        let recovered = order.why.is_some();
+        if recovered != self.watched.is_some() {
+            bail!("an order to {} for who was not made for it", if recovered { "recover" } else { "add" });
+        }
         // The claim first: it waits for what the kernel does as an ordinary task, and with the store
         // begins growth, which is real-time and maps all of the arena.
         let claimed = self.watched.map(|(ctrl, mut claim)| claim.wait().map(|()| ctrl)).transpose()?;
@@ -235,14 +264,15 @@ fn open_dev(ctrl: &UblkCtrl, volume: &Volume) -> Result<Arc<UblkDev>> {
 
 impl Device {
     /// What can wait until the device is live.
-    fn settle(&self, order: &str, steps: &Steps, usage: Usage) {
+    fn settle(&self, order: &Order<'_>, steps: &Steps, usage: Usage) {
         for queue in &self.queues {
             self.ctrl.set_thread_affinity(queue.qid, queue.tid);
         }
         let path = self.path.display();
-        match order.split_once(' ') {
-            Some((_, why)) => {
-                tracing::warn!("{path}: taken over; the worker before {why}; {:?}; {usage:?}", steps.taken)
+        match order.why {
+            Some(why) => {
+                let (all, each) = (steps.all(), steps.taken);
+                tracing::warn!("{path}: taken over within {all:?}; the worker before {why}; {each:?}; {usage:?}")
             }
             None => tracing::info!("{path} is live"),
         }

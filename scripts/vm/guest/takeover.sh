@@ -94,7 +94,7 @@ kill -USR1 $hogpid 2> /dev/null || rc=1
 wait $hogpid || rc=1
 cat /tmp/hog.out
 ghostswap-ublk status
-grep "taken over; the worker before" /run/ghostswap/ublk0.log | tail -n 3
+grep "taken over within" /run/ghostswap/ublk0.log | tail -n 3
 sort -n /tmp/times | awk -v deaths=$deaths -v stops=$stops '{t[NR] = $1} END {
     printf "%d deaths (%d by SIGSTOP and watchdog); back after: median %.0f ms, longest %.0f ms\n",
         deaths, stops, t[int((NR + 1) / 2)] / 1000, t[NR] / 1000}'

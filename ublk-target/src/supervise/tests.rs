@@ -16,7 +16,7 @@ fn hearing(test: impl FnOnce(&mut Supervisor<'_>, UnixStream)) {
 #[test]
 fn what_comes_in_one_piece_is_heard_at_once() {
     hearing(|supervisor, mut worker| {
-        worker.write_all(b"ready\nlive 3 true /dev/ublkb3\n").unwrap();
+        worker.write_all(b"ready\nlive 1 3 true /dev/ublkb3\n").unwrap();
         supervisor.hear().unwrap();
         assert_eq!(supervisor.device, Some((3, "/dev/ublkb3".into())));
         assert!(supervisor.recoverable);
@@ -26,7 +26,7 @@ fn what_comes_in_one_piece_is_heard_at_once() {
 #[test]
 fn half_a_line_of_a_dead_worker_is_nothing() {
     hearing(|supervisor, mut worker| {
-        worker.write_all(b"live 3 true /dev/ublkb3\nlive 3 fal").unwrap();
+        worker.write_all(b"live 1 3 true /dev/ublkb3\nlive 1 3 fal").unwrap();
         drop(worker);
         supervisor.hear().unwrap();
         supervisor.hear_last_words().unwrap();
@@ -39,7 +39,7 @@ fn half_a_line_of_a_dead_worker_is_nothing() {
 fn a_device_that_was_to_go_and_went_is_no_loss() {
     hearing(|supervisor, mut worker| {
         // A number that no device has.
-        worker.write_all(b"live 4000000 true /dev/ublkb4000000\n").unwrap();
+        worker.write_all(b"live 1 4000000 true /dev/ublkb4000000\n").unwrap();
         supervisor.hear().unwrap();
         drop(worker);
         let killed = Some(libc::SIGKILL);
