@@ -75,7 +75,8 @@ impl Fetching {
 
     /// Whether a part of so many bytes may wait beside those that do.
     pub fn has_room(&self, bytes: usize) -> bool {
-        let waiting = || self.at_disk.iter().flatten().count() + self.joined.len() + self.free.len() + self.refused.len();
+        let waiting =
+            || self.at_disk.iter().flatten().count() + self.joined.len() + self.free.len() + self.refused.len();
         self.reads.is_some() && self.bytes + self.cost(bytes) <= self.max_bytes && waiting() < MAX_READS
     }
 
