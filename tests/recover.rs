@@ -20,11 +20,13 @@ const THREADS: u64 = 3;
 /// Pages of a thread in each volume.
 const RANGE: u64 = 640;
 const SIZES: [u64; 3] = [MAX_VOLUME_BYTES, 64 << 20, 1 << 30];
-const TIERS: [&str; 5] = [
+const TIERS: [&str; 7] = [
     "ram,limit=9M,codec=lz4",
     "ram,limit=9M,codec=zstd:1,group=16K",
     "ram,limit=9M,codec=lz4,group=64K",
     "ram,limit=9M,codec=zstd:-1",
+    "ram,limit=9M,codec=zstd:1,dict=8K",
+    "ram,limit=9M,codec=zstd:1,dict=4K + ram,codec=zstd:3,group=16K,dict=4K,idle=0",
     "ram,limit=9M,codec=lz4 + ram,codec=zstd:1,group=64K,idle=0",
 ];
 
@@ -177,10 +179,15 @@ fn live(arena: &OwnedFd, tier: &str, ledger: &Ledger, board: &Shared, seed: u64,
                 let mut writer = writer(&store, ledger, t, seed.wrapping_mul(2 * t + 3) | 1);
                 let store = &store;
                 scope.spawn(move || -> Result<(), String> {
-                    loop {
+                    for step in 0u64.. {
                         writer.step().map_err(|e| format!("thread {t}: {e}"))?;
+                        if t == 0 && step % 64 == 0 {
+                            store.train_dictionary();
+                            board.at(3).store(store.stats().dictionaries.pages, Ordering::Relaxed);
+                        }
                         board.at(1).store(store.stats().cleaned_segments, Ordering::Relaxed);
                     }
+                    Ok(())
                 })
             })
             .collect();
@@ -211,10 +218,11 @@ fn kill_again_and_again(disk: &str) {
     let seed = env("GHOSTSWAP_RECOVER_SEED", clock & 0xffff_ffff);
     let arena = create_arena(false).unwrap();
     let ledger = Ledger::new(SIZES.len() * THREADS as usize * RANGE as usize);
-    // 0: lives that came to write; 1: segments cleaned in the present one; 2: the present one.
-    let board = Shared::new(3);
+    // 0: lives that came to write; 1: segments cleaned in the present one; 2: the present one; 3: pages compressed with a
+    // dictionary in it.
+    let board = Shared::new(4);
     let mut rng = Rng(seed | 1);
-    let (mut cleaned, mut early) = (0, 0);
+    let (mut cleaned, mut early, mut with_dictionary) = (0, 0, 0);
     let begin = |life: u64, rng: &mut Rng| {
         let tier = format!("{}{disk}", TIERS[rng.below(TIERS.len() as u64) as usize]);
         let life_seed = rng.next() >> 33 | 1;
@@ -230,6 +238,7 @@ fn kill_again_and_again(disk: &str) {
     for life in 0..lives {
         let before = board.at(0).load(Ordering::SeqCst);
         board.at(1).store(0, Ordering::SeqCst);
+        board.at(3).store(0, Ordering::SeqCst);
         board.at(2).store(life, Ordering::SeqCst);
         let child = next.take().unwrap_or_else(|| begin(life, &mut rng));
         // Every second stands by while the one before it writes.
@@ -252,8 +261,11 @@ fn kill_again_and_again(disk: &str) {
         assert_eq!(wait(child), End::Signal(libc::SIGKILL), "seed {seed}, life {life}");
         early += u64::from(board.at(0).load(Ordering::SeqCst) == before);
         cleaned += board.at(1).load(Ordering::SeqCst);
+        with_dictionary += board.at(3).load(Ordering::SeqCst);
     }
     println!("seed {seed}: {lives} lives, {early} of them killed before they wrote, {cleaned} segments cleaned");
+    println!("{with_dictionary} pages compressed with a dictionary");
+    assert!(with_dictionary > 0 || lives < 40, "dictionaries were in play");
     assert!(cleaned > lives, "the limit is tiny enough for the cleaner to work: {cleaned}");
     let store = take_up(&arena, &format!("{}{disk}", TIERS[0]), &ledger)
         .unwrap_or_else(|e| panic!("seed {seed}, at the end: {e}"));

@@ -97,10 +97,17 @@ impl Dictionary {
     }
 }
 
+/// The level whose tables for page and dictionary are so large that less is gained than by those for a page.
+const LARGE_TABLES: i32 = 3;
+
 /// How pages are compressed with a dictionary of so many bytes.
 pub(super) fn parameters(level: i32, bytes: usize) -> ZSTD_compressionParameters {
-    // SAFETY: a pure function of the library.
-    unsafe { ZSTD_getCParams(level, PAGE_BYTES as u64, bytes) }
+    // SAFETY: pure functions of the library.
+    let [with, alone] = [bytes, 0].map(|bytes| unsafe { ZSTD_getCParams(level, PAGE_BYTES as u64, bytes) });
+    match level {
+        LARGE_TABLES => ZSTD_compressionParameters { windowLog: with.windowLog, ..alone },
+        _ => with,
+    }
 }
 
 fn compressor_bytes(level: i32, bytes: usize) -> usize {
@@ -116,8 +123,9 @@ fn decompressor_bytes(bytes: usize) -> usize {
 /// The hash table that training counts in has two to the power of this many entries, of 6 bytes.
 const TABLE_LOG: u32 = 18;
 
-/// Memory that training takes beside the samples, in bytes: its table, contexts that it makes, what it makes.
-pub(crate) const TRAINING_BYTES: u64 = (6 << TABLE_LOG) + (2 << 20);
+/// Memory that training takes beside the samples, in bytes: its table, a context of its own and one of ours, which of
+/// the highest level have two MiB each.
+pub(crate) const TRAINING_BYTES: u64 = (6 << TABLE_LOG) + (5 << 20);
 
 /// Makes a dictionary of at most so many bytes from pages, one after another, for compression at some level. None:
 /// nothing of use comes of them.
@@ -125,9 +133,9 @@ pub(crate) fn train(pages: &[u8], bytes: usize, level: i32) -> Option<Vec<u8>> {
     let sizes = vec![PAGE_BYTES; pages.len() / PAGE_BYTES];
     let mut made = vec![0; bytes.min(MOST_BYTES)];
     let parameters = ZDICT_fastCover_params_t {
-        // Pieces of 1 KiB, by what they have in common of 8 bytes; no search for better ones, which takes 40 times
-        // as long and gains half a percent.
-        k: 1024,
+        // Pieces of 256 bytes, by what they have in common of 8 bytes. What is best for one machine's pages is not for
+        // another's, and a search takes forty times as long.
+        k: 256,
         d: 8,
         f: TABLE_LOG,
         steps: 0,

@@ -8,7 +8,7 @@ use crate::config::CodecChoice;
 use crate::page::PAGE_BYTES;
 
 pub(crate) use dictionary::{train, Dictionary, LEAST_BYTES, MOST_BYTES, TRAINING_BYTES};
-pub(crate) use zstd::{Decoder, Zstd};
+pub(crate) use zstd::Decoder;
 
 /// Payload is the bytes themselves.
 pub const RAW: u8 = 0;
@@ -160,11 +160,22 @@ mod tests {
         }
     }
 
-    /// Pages of records that have much in common, and no page twice.
+    /// Pages that have much in common with each other, and little in themselves: words of 40 letters, in any order.
     pub(crate) fn alike(count: usize) -> Vec<u8> {
-        let line = |i: usize| format!("name=page{} kind={} mtime={} /usr/lib/{}/\n", i, i % 7, i * i % 10_007, i % 13);
-        let text: Vec<u8> = (0..).flat_map(|i| line(i).into_bytes()).take(count * PAGE_BYTES).collect();
-        text
+        let mut x = 88_172_645_463_325_252u64;
+        let mut next = || {
+            x ^= x << 13;
+            x ^= x >> 7;
+            x ^= x << 17;
+            x
+        };
+        let words: Vec<[u8; 40]> = (0..256).map(|_| std::array::from_fn(|_| b'a' + (next() % 26) as u8)).collect();
+        let mut pages = Vec::with_capacity(count * PAGE_BYTES + 40);
+        while pages.len() < count * PAGE_BYTES {
+            pages.extend_from_slice(&words[(next() % 256) as usize]);
+        }
+        pages.truncate(count * PAGE_BYTES);
+        pages
     }
 
     #[test]

@@ -31,7 +31,7 @@ pub struct RamTier {
     /// Contiguous bytes compressed together, 4K to 64K. Default 4K: every page alone.
     pub group: u32,
     /// Bytes of the dictionaries that zstd compresses single pages with, trained from what is stored; 0: none.
-    /// Default: 16K where every page is compressed alone by zstd, else none.
+    /// Default: 32K where every page is compressed alone by zstd, else none.
     pub dict: Option<u32>,
     /// Of a second tier: seconds after which what was written is compressed again. Default: 600.
     pub idle_s: Option<u32>,
@@ -52,7 +52,7 @@ pub struct Marks {
 }
 
 /// Of a dictionary that is trained, unless said.
-const DICT_BYTES: u32 = 16 << 10;
+const DICT_BYTES: u32 = 32 << 10;
 
 /// Above it less would be free than what is swapped out in a burst is to find.
 const MOST_HIGH: u8 = 93;

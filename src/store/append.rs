@@ -143,7 +143,7 @@ impl Appender {
         let header = |(codec, payload)| Header { page: first, volume: v, pages, codec, payload };
         // A group is made without one: it has enough to refer to in itself (docs/BENCHMARKS.md).
         let number = if pages == 1 { open.dictionary } else { 0 };
-        let Some(with) = s.dictionaries.of(number) else { unreachable!("an open segment's dictionary is in use") };
+        let with = s.dictionaries.of(number).expect("the dictionary of an open segment is in use");
         self.with_dictionary += u64::from(with.is_some());
         if left >= header_bytes + most {
             // The usual case: compress to where it stays.

@@ -6,6 +6,7 @@
 use super::append::Appender;
 use super::recompress::{due, Recompressor};
 use super::survivors::Copier;
+use super::train::Trainer;
 use super::{grow, Shared};
 use crate::arena::Spare;
 use crate::log::policy::{cleaning, gain, rest_after, worth, Candidate, Cleaning};
@@ -30,6 +31,7 @@ pub(super) struct Cleaner {
     /// Made at once where there is something cold, otherwise when something is due for it; and not before the host
     /// can spare the memory.
     recompressor: Option<Recompressor>,
+    trainer: Trainer,
     spare: Spare,
     /// None: whoever takes the steps decides when.
     rest_until: Option<Instant>,
@@ -42,6 +44,7 @@ impl Cleaner {
             copier,
             victims: Vec::with_capacity(BATCH + 1),
             recompressor: None,
+            trainer: Trainer::new(&shared),
             spare,
             rest_until: None,
             shared,
@@ -76,7 +79,18 @@ impl Cleaner {
         // Making room comes first.
         let more = (how != Cleaning::Urgent || !cleaned) && self.compress_again();
         self.release();
-        cleaned || more
+        shared.retire_dictionaries();
+        let learned = how != Cleaning::Urgent && !more && self.trainer.step(&shared, &mut self.spare);
+        cleaned || more || learned
+    }
+
+    /// As a test wants it. True: there is one more.
+    #[cfg(feature = "crash-points")]
+    pub fn train_now(&mut self) -> bool {
+        let shared = self.shared.clone();
+        let before = shared.dictionaries.trained.load(Ordering::Relaxed);
+        shared.dictionaries.train_now.store(true, Ordering::Relaxed);
+        self.trainer.step(&shared, &mut self.spare) && shared.dictionaries.trained.load(Ordering::Relaxed) > before
     }
 
     /// Compresses a segment again, if one is due. True: and there is more to do at once.

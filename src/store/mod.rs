@@ -36,6 +36,7 @@ mod standby;
 mod steps;
 mod survivors;
 mod tiers;
+mod train;
 
 pub use charge::Held;
 pub use fetch::{Fetch, Taken};
