@@ -455,10 +455,7 @@ mod tests {
         assert_eq!(dictionaries(&["ram", "ram,codec=zstd:3,group=64K"]), (0, vec![]));
         assert_eq!(dictionaries(&["ram,codec=zstd:1,dict=off"]), (0, vec![]));
         assert_eq!(dictionaries(&["ram,codec=zstd:1"]), (32 << 10, vec![1]));
-        assert_eq!(
-            dictionaries(&["ram,codec=zstd:1", "ram,codec=zstd:9,group=64K,dict=64K"]),
-            (64 << 10, vec![1, 9])
-        );
+        assert_eq!(dictionaries(&["ram,codec=zstd:1", "ram,codec=zstd:9,group=64K,dict=64K"]), (64 << 10, vec![1, 9]));
         let below = check(&["ram,limit=100M", "ram,codec=zstd:3,group=64K", "file:/x,size=1G"]).unwrap();
         assert_eq!((below.limit_bytes, below.below.unwrap().size), (100 << 20, Some(1 << 30)));
         assert!(check(&["file:/x,size=1G", "ram"]).is_err(), "the wrong way round");

@@ -509,12 +509,7 @@ fn walk_dictionaries(tier: &str, visited: &Mutex<BTreeSet<String>>) {
 
 /// Stops the history at its `target`th point, then the recovery at its `again`th. Returns the
 /// names of the points; the first None: the history came to its end.
-fn stop_twice(
-    tier: &str,
-    history: &[Op],
-    target: u64,
-    again: u64,
-) -> (Option<&'static str>, Option<&'static str>) {
+fn stop_twice(tier: &str, history: &[Op], target: u64, again: u64) -> (Option<&'static str>, Option<&'static str>) {
     let arena = create_arena(false).unwrap();
     let entries = entries();
     let ledger = Ledger::new(entries.len());

@@ -191,6 +191,12 @@ pub(crate) fn is_better(t: &Trial) -> bool {
     bearable && t.now.is_none_or(|now| t.new * 50 <= now * 49)
 }
 
+/// Whether to compress anew what is left of an old dictionary's pages, `left_bytes` of `stored_bytes`, so that it can be
+/// dropped: when that is little, or there is no number for another one.
+pub(crate) fn emptying(left_bytes: u64, stored_bytes: u64, numbers_free: bool) -> bool {
+    left_bytes * 32 <= stored_bytes || !numbers_free
+}
+
 /// What the growth thread knows.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Demand {
@@ -304,6 +310,7 @@ mod tests {
         let l = |stored: u64, since| training(&Lesson { stored_bytes: stored << 20, since });
         assert_eq!([3, 4, 400].map(|stored| l(stored, None)), [false, true, true]);
         assert_eq!([(600, 40 << 20), (599, 40 << 20), (600, 39 << 20)].map(|s| l(40, Some(s))), [true, false, false]);
+        assert!(emptying(10, 320, true) && !emptying(10, 319, true) && emptying(10, 10, false));
         let better = |without, now, new| is_better(&Trial { without, now, new });
         assert!(better(1000, None, 1000) && better(1000, None, 1025) && !better(1000, None, 1026));
         assert!(better(1000, Some(1000), 980) && !better(1000, Some(1000), 981) && !better(1000, Some(1200), 1100));

@@ -73,14 +73,7 @@ impl Segments {
 
     /// Counts a page's share of a record. False: there cannot be such a record, or the dictionary that it may have been
     /// made with is none of the `known`, a bit for each number.
-    pub fn recount(
-        &self,
-        arena: &Arena,
-        entries: u32,
-        s: SegmentId,
-        (offset, share): (u32, u32),
-        known: u8,
-    ) -> bool {
+    pub fn recount(&self, arena: &Arena, entries: u32, s: SegmentId, (offset, share): (u32, u32), known: u8) -> bool {
         if s.0 >= entries || (offset + share) as usize > arena.segment_bytes() {
             return false;
         }

@@ -79,7 +79,11 @@ impl Cleaner {
         // Making room comes first.
         let more = (how != Cleaning::Urgent || !cleaned) && self.compress_again();
         self.release();
-        shared.retire_dictionaries();
+        let old = shared.retire_dictionaries();
+        if let (Cleaning::Rest | Cleaning::Tidy, Some(id)) = (how, old) {
+            // One at a time: nobody waits for it.
+            self.clean_one(id);
+        }
         let learned = how != Cleaning::Urgent && !more && self.trainer.step(&shared, &mut self.spare);
         cleaned || more || learned
     }
@@ -194,31 +198,36 @@ impl Cleaner {
     fn clean(&mut self) {
         for i in 0..self.victims.len() {
             let id = self.victims[i].1;
-            let shared = self.shared.clone();
-            let Some(victim) = shared.segments.begin_cleaning(&shared.arena, id) else { continue };
-            let (age_s, cold) = shared.segments.past(&shared.arena, id);
-            if cold {
-                self.recompressor();
-            }
-            let room = match &mut self.recompressor {
-                // What is cold stays so: its survivors go to its own stream.
-                Some(own) if cold => {
-                    std::mem::swap(&mut self.copier.appender, &mut own.appender);
-                    let room = move_survivors(&mut self.copier, &shared, victim, age_s);
-                    std::mem::swap(&mut self.copier.appender, &mut own.appender);
-                    room
-                }
-                _ => move_survivors(&mut self.copier, &shared, victim, age_s),
-            };
-            shared.segments.end_cleaning(&shared.arena, id);
-            if !room {
+            if !self.clean_one(id) {
                 return;
             }
-            shared.cleaned.fetch_add(1, Ordering::Relaxed);
-            if shared.arena.frames_ready() < 4 {
+            if self.shared.arena.frames_ready() < 4 {
                 self.release();
             }
         }
+    }
+
+    /// False: no room for what is live of it.
+    fn clean_one(&mut self, id: SegmentId) -> bool {
+        let shared = self.shared.clone();
+        let Some(victim) = shared.segments.begin_cleaning(&shared.arena, id) else { return true };
+        let (age_s, cold) = shared.segments.past(&shared.arena, id);
+        if cold {
+            self.recompressor();
+        }
+        let room = match &mut self.recompressor {
+            // What is cold stays so: its survivors go to its own stream.
+            Some(own) if cold => {
+                std::mem::swap(&mut self.copier.appender, &mut own.appender);
+                let room = move_survivors(&mut self.copier, &shared, victim, age_s);
+                std::mem::swap(&mut self.copier.appender, &mut own.appender);
+                room
+            }
+            _ => move_survivors(&mut self.copier, &shared, victim, age_s),
+        };
+        shared.segments.end_cleaning(&shared.arena, id);
+        shared.cleaned.fetch_add(room.into(), Ordering::Relaxed);
+        room
     }
 }
 

@@ -17,6 +17,8 @@ use super::{grow, Shared};
 use crate::arena::{InArena, MOST_DICTIONARIES};
 use crate::codec::Dictionary;
 use crate::config::Checked;
+use crate::log::policy::emptying;
+use crate::log::segment::Place;
 use crate::page::SegmentId;
 use crate::stats::DictionaryStats;
 use crate::sync::nap;
@@ -171,26 +173,24 @@ impl Shared {
         true
     }
 
-    /// Drops those that nothing is compressed with any more. Cleaner only.
-    pub fn retire_dictionaries(&self) {
+    /// Drops those that nothing is compressed with any more. Returns a segment in memory to be cleaned, whatever is live
+    /// of it, so that another can be dropped. Cleaner only.
+    pub fn retire_dictionaries(&self) -> Option<SegmentId> {
         let all = &self.dictionaries;
         let current = all.current();
         if all.numbers().all(|number| number == current) {
-            return;
+            return None;
         }
         // Of a mover that panicked nothing is opened any more.
         let _mover_rests = match self.quiet[2].try_lock() {
-            Err(TryLockError::WouldBlock) => return,
+            Err(TryLockError::WouldBlock) => return None,
             other => other,
         };
         self.epochs.wait(nap);
-        let mut in_use = 1u32 << current;
-        for id in (0..grow::known_segments(self)).map(SegmentId) {
-            if self.segments.in_use(&self.arena, id).is_some() {
-                in_use |= 1 << self.segments.dictionary(&self.arena, id);
-            }
-        }
-        for number in (1..=MOST_DICTIONARIES).filter(|number| in_use >> number & 1 == 0) {
+        let census = self.census();
+        for number in
+            (1..=MOST_DICTIONARIES).filter(|number| *number != current && !census[usize::from(*number)].in_use)
+        {
             let there = all.place(number).load(Ordering::Acquire);
             if there.is_null() {
                 continue;
@@ -206,5 +206,37 @@ impl Shared {
             all.held_bytes.fetch_sub(gone.dictionary.held_bytes() as u64, Ordering::Relaxed);
             all.dropped.fetch_add(1, Ordering::Relaxed);
         }
+        let others = (1..=MOST_DICTIONARIES).filter(|number| *number != current);
+        let others = others.map(|number| &census[usize::from(number)]).filter(|one| !one.below);
+        let least = others.filter(|one| one.sealed.is_some()).min_by_key(|one| one.live_bytes)?;
+        let stored: u64 = census.iter().map(|one| one.live_bytes).sum();
+        emptying(least.live_bytes, stored, all.free_number().is_some()).then_some(least.sealed).flatten()
     }
+
+    /// By their numbers what segments have them.
+    fn census(&self) -> [Count; MOST_DICTIONARIES as usize + 1] {
+        let mut census = [Count::default(); MOST_DICTIONARIES as usize + 1];
+        for id in (0..grow::known_segments(self)).map(SegmentId) {
+            let Some(place) = self.segments.in_use(&self.arena, id) else { continue };
+            let one = &mut census[usize::from(self.segments.dictionary(&self.arena, id))];
+            one.in_use = true;
+            one.below |= matches!(place, Place::Below(_));
+            one.live_bytes += u64::from(self.segments.live(&self.arena, id));
+            if self.segments.sealed(&self.arena, id).is_some() {
+                one.sealed = Some(id);
+            }
+        }
+        census
+    }
+}
+
+/// What segments with one number there are.
+#[derive(Clone, Copy, Default)]
+struct Count {
+    in_use: bool,
+    /// One of them on a disk.
+    below: bool,
+    live_bytes: u64,
+    /// One that is sealed, in memory.
+    sealed: Option<SegmentId>,
 }

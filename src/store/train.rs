@@ -108,7 +108,8 @@ fn learn(s: &Shared) -> bool {
     if pages.len() < LEAST_SAMPLES * PAGE_BYTES {
         return false;
     }
-    let (mut known, mut judges) = (Vec::with_capacity(pages.len()), Vec::with_capacity(pages.len() / JUDGES + PAGE_BYTES));
+    let (mut known, mut judges) =
+        (Vec::with_capacity(pages.len()), Vec::with_capacity(pages.len() / JUDGES + PAGE_BYTES));
     for (i, page) in pages.chunks_exact(PAGE_BYTES).enumerate() {
         if i % JUDGES == 0 { &mut judges } else { &mut known }.extend_from_slice(page);
     }
