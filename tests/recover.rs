@@ -366,8 +366,8 @@ fn what_is_no_arena_of_ours_is_refused_and_keeps_what_it_holds() {
     for (at, word, says) in [
         (0, 0, "magic"),
         (0, u64::from_le_bytes(*b"SWAPSPCE"), "magic"),
-        (8, 1, "version 1; this program reads 5"),
-        (8, 4, "version 4"),
+        (8, 1, "version 1; this program reads 6"),
+        (8, 5, "version 5"),
         (16, 4096, "do not make up"),
         (24, frames + 1, "do not make up"),
         (4096, 4097, "sizes"),
@@ -424,7 +424,7 @@ fn a_slot_that_cannot_be_costs_its_page_alone() {
 fn an_arena_not_finished_is_begun_anew_and_other_data_is_not_touched() {
     let sized = create_arena(false).unwrap();
     std::fs::File::from(sized.try_clone().unwrap()).set_len(123 << 20).unwrap();
-    poke(&sized, 8, 5);
+    poke(&sized, 8, 6);
     let store = Store::open_arena(config("ram,limit=16M"), sized).unwrap();
     filled(&store, 1 << 30, 10);
     compare(&store, 0, 10);
