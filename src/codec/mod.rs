@@ -204,6 +204,22 @@ mod tests {
         }
     }
 
+    /// The cleaner's thread, which trains, has a stack of 64 KiB.
+    #[test]
+    fn training_takes_half_a_background_threads_stack() {
+        let train_all = || {
+            let pages = alike(60);
+            for level in [-7, 1, 3, 5, 7, 12, 16, 19] {
+                let made = train(&pages, 8 << 10, level).unwrap();
+                let dictionary = Dictionary::new(&made, &[level]).unwrap();
+                let mut packed = [0; PAGE_BYTES];
+                let mut codec = Codec::new(CodecChoice::Zstd(level), 0);
+                codec.compress(&pages[..PAGE_BYTES], &mut packed, Some(&dictionary)).unwrap();
+            }
+        };
+        std::thread::Builder::new().stack_size(32 << 10).spawn(train_all).unwrap().join().unwrap();
+    }
+
     #[test]
     fn what_is_no_dictionary_is_none() {
         assert!(Dictionary::new(&[7; 4096], &[1]).is_none());
