@@ -294,9 +294,12 @@ fn with_dictionary(codec: &str, dict: &str, plain: &[u8]) {
     let stores = ["off", dict].map(|dict| store("512M", &format!("{codec},dict={dict}")));
     let volumes = stores.each_ref().map(|store| store.create_volume(1 << 40).expect("a volume"));
     for volume in &volumes {
-        // The lane is closed, and its segments sealed: of those that are open nothing is learned.
+        // Some segments full: of those that are open nothing is learned.
         let mut lane = volume.lane().expect("a lane");
-        known.chunks_exact(PAGE).enumerate().for_each(|(i, p)| lane.write((i * PAGE) as u64, p).expect("room"));
+        for copy in 0..6 {
+            let at = |i: usize| (copy * known.len() + i * PAGE) as u64;
+            known.chunks_exact(PAGE).enumerate().for_each(|(i, p)| lane.write(at(i), p).expect("room"));
+        }
     }
     let began = Instant::now();
     stores[1].train_dictionary();
