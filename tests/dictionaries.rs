@@ -63,14 +63,14 @@ fn until(store: &Store, what: &str, is: impl Fn(&ghostswap::Stats) -> bool) {
     }
 }
 
-/// By hand, as this is not to wait until a policy would.
-fn train(store: &Store) {
+/// By hand, as this is not to wait until a policy would. False: it is no better than what there was.
+fn train(store: &Store) -> bool {
     let before = store.stats().dictionaries;
     assert!(store.train_dictionary());
     until(store, "it is trained", |s| {
         s.dictionaries.trained + s.dictionaries.refused > before.trained + before.refused
     });
-    assert_eq!(store.stats().dictionaries.refused, before.refused, "it is better");
+    store.stats().dictionaries.trained > before.trained
 }
 
 /// Twice as many pages, the first half compressed without and the other with a dictionary.
@@ -79,7 +79,8 @@ fn filled(arena: &OwnedFd) -> Store {
     let volume = store.create_volume(1 << 40).unwrap();
     write(&mut volume.lane().unwrap(), 0..PAGES, 1);
     let without = store.stats().live_bytes;
-    train(&store);
+    // If one was not trained by itself meanwhile.
+    assert!(train(&store) || store.stats().dictionaries.trained > 0);
     write(&mut volume.lane().unwrap(), PAGES..2 * PAGES, 1);
     let stats = store.stats();
     assert!(stats.dictionaries.pages >= PAGES, "{stats}");
@@ -105,7 +106,7 @@ fn pages_come_back_whoever_opens_the_arena() {
         let mut standby = Standby::new(config(tier), arena.try_clone().unwrap()).unwrap();
         standby.keep_up().unwrap();
         let store = standby.open().unwrap();
-        assert_eq!(store.stats().dictionaries.count, 1, "{tier}");
+        assert!(store.stats().dictionaries.count > 0, "{tier}");
         assert_eq!(check(&store, 0..2 * PAGES, 1), 0, "{tier}");
         // Half of the pages die, so that survivors of both kinds go where this store's own pages go.
         let mut lane = store.open_volume(0).unwrap().lane().unwrap();
@@ -121,7 +122,7 @@ fn pages_come_back_whoever_opens_the_arena() {
             drop((lane, store));
             // This one needed it no more; the next is to have one again.
             let again = open(TIER, &arena);
-            train(&again);
+            assert!(train(&again));
             write(&mut again.open_volume(0).unwrap().lane().unwrap(), 0..2 * PAGES, 1);
         }
     }
@@ -132,14 +133,12 @@ fn another_follows_and_what_nobody_needs_is_dropped() {
     let arena = create_arena(false).unwrap();
     let store = filled(&arena);
     let volume = store.open_volume(0).unwrap();
-    // The same again is no better.
-    let refused = store.stats().dictionaries.refused;
-    assert!(store.train_dictionary());
-    until(&store, "it is looked at", |s| s.dictionaries.refused > refused);
+    // Of the same pages the next ones are soon no better.
+    assert!((0..6).any(|_| !train(&store)), "each better than the one before: {}", store.stats());
     write(&mut volume.lane().unwrap(), 0..2 * PAGES, 2);
-    train(&store);
+    assert!(train(&store));
     write(&mut volume.lane().unwrap(), 0..2 * PAGES, 2);
-    until(&store, "the first is dropped", |s| s.dictionaries.count == 1 && s.dictionaries.dropped == 1);
+    until(&store, "the first is dropped", |s| s.dictionaries.count == 1 && s.dictionaries.dropped > 0);
     assert_eq!(check(&store, 0..2 * PAGES, 2), 0);
     // Not the current one, though nothing needs it.
     volume.lane().unwrap().discard(0, volume.bytes()).unwrap();
@@ -193,9 +192,7 @@ fn with_a_damaged_dictionary_pages_are_lost_and_none_is_another() {
         // And it goes on.
         let mut lane = store.open_volume(0).unwrap().lane().unwrap();
         write(&mut lane, 0..2 * PAGES, 1);
-        // If one was not trained by itself yet.
-        store.train_dictionary();
-        until(&store, "there is another", |s| s.dictionaries.trained == 1);
+        assert!(train(&store) || store.stats().dictionaries.trained > 0);
         write(&mut lane, 0..2 * PAGES, 1);
         assert_eq!(check(&store, 0..2 * PAGES, 1), 0, "{what}");
         assert_eq!(store.stats().lost_pages, 0, "{what}");
@@ -215,13 +212,13 @@ fn what_lies_on_disk_keeps_its_dictionary() {
     // Another one is current, and all that is in memory was made with it.
     let mut lane = store.create_volume(1 << 40).unwrap().lane().unwrap();
     write(&mut lane, 0..PAGES, 2);
-    train(&store);
+    assert!(train(&store));
     write(&mut lane, 0..PAGES, 2);
-    assert_eq!(store.stats().dictionaries.count, 2);
+    assert!(store.stats().dictionaries.count > 1);
     drop((lane, store));
     let store = open(&tier, &arena);
     assert_eq!(check(&store, 0..2 * PAGES, 1), 0);
-    assert_eq!(store.stats().dictionaries.count, 2, "pages on disk need the first");
+    assert!(store.stats().dictionaries.count > 1, "pages on disk need the first");
     store.drain_disk(true).unwrap();
     until(&store, "it is drained", |s| s.disk.as_ref().is_some_and(|d| d.used_bytes == 0));
     assert_eq!(check(&store, 0..2 * PAGES, 1), 0);
