@@ -1,6 +1,7 @@
 //! The store against the bare codec on the same captured pages, side by side in one run; two
 //! threads against one; metadata and density under random overwrite at the limit; density and cost of
-//! compressing again.
+//! compressing again; zstd with a dictionary that the store trained from one half of the pages against zstd without, on the
+//! other half.
 //!
 //! `cargo bench --bench store`. Figures are medians of the rounds, in CPU-neutral wall time of one
 //! machine: read the ratios. The bare codec is C lz4 through the calls that the store uses, or
@@ -282,12 +283,77 @@ fn compressed_again(plain: &[u8]) {
     );
 }
 
+/// Every second page is stored and a dictionary trained from what is; then the others are written and read, by turns with
+/// a store that has none.
+fn with_dictionary(codec: &str, dict: &str, plain: &[u8]) {
+    let half = |odd: usize| -> Vec<u8> {
+        plain.chunks_exact(PAGE).enumerate().filter(|(i, _)| i % 2 == odd).flat_map(|(_, p)| p.to_vec()).collect()
+    };
+    let (known, fresh) = (half(0), half(1));
+    let pages = fresh.len() / PAGE;
+    let stores = ["off", dict].map(|dict| store("512M", &format!("{codec},dict={dict}")));
+    let volumes = stores.each_ref().map(|store| store.create_volume(1 << 40).expect("a volume"));
+    for volume in &volumes {
+        // Some segments full: of those that are open nothing is learned.
+        let mut lane = volume.lane().expect("a lane");
+        for copy in 0..6 {
+            let at = |i: usize| (copy * known.len() + i * PAGE) as u64;
+            known.chunks_exact(PAGE).enumerate().for_each(|(i, p)| lane.write(at(i), p).expect("room"));
+        }
+    }
+    let began = Instant::now();
+    stores[1].train_dictionary();
+    let dictionaries = loop {
+        let now = stores[1].stats().dictionaries;
+        if now.trained + now.refused > 0 {
+            break now;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    };
+    let trained_ms = began.elapsed().as_millis();
+    let mut lanes = volumes.each_ref().map(|volume| volume.lane().expect("a lane"));
+    let before = stores.each_ref().map(|store| store.stats().live_bytes);
+    let (mut w, mut r) = ([vec![], vec![]], [vec![], vec![]]);
+    let mut out = vec![1u8; PAGE];
+    let base = 1 << 30;
+    for round in 0..=3 * ROUNDS {
+        for (which, lane) in lanes.iter_mut().enumerate() {
+            let write = time(pages, || {
+                let write = |(i, p): (usize, &[u8])| lane.write(base + (i * PAGE) as u64, p).expect("room");
+                fresh.chunks_exact(PAGE).enumerate().for_each(write);
+            });
+            let read = time(pages, || {
+                (0..pages).for_each(|i| lane.read(base + (i * PAGE) as u64, &mut out).expect("there"));
+            });
+            if round > 0 {
+                w[which].push(write);
+                r[which].push(read);
+            }
+        }
+    }
+    let ratio = |i: usize| fresh.len() as f64 / (stores[i].stats().live_bytes - before[i]) as f64;
+    let ([w0, w1], [r0, r1]) = (w.map(median), r.map(median));
+    println!(
+        "{codec:8} dict={dict}: write {w1:.0} ns/page, without {w0:.0}: {:.2} times as fast    read {r1:.0}, without {r0:.0}: {:.2}    data / live {:.3}, without {:.3}    trained: {}, in {trained_ms} ms, {} KiB made ready",
+        w0 / w1,
+        r0 / r1,
+        ratio(1),
+        ratio(0),
+        dictionaries.trained,
+        dictionaries.held_bytes >> 10
+    );
+}
+
 fn main() {
     let plain = real_pages(&corpus());
     println!("{} captured pages that are not same-filled; medians of {ROUNDS} rounds", plain.len() / PAGE);
     for codec in ["lz4", "zstd:1"] {
         against_codec(codec, &plain);
         two_threads(codec, &plain);
+    }
+    for (codec, dict) in [("zstd:1", "4K"), ("zstd:1", "16K"), ("zstd:1", "32K"), ("zstd:1", "64K"), ("zstd:3", "32K")]
+    {
+        with_dictionary(codec, dict, &plain);
     }
     overwrite_at_limit(&plain);
     compressed_again(&plain);

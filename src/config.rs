@@ -213,6 +213,8 @@ pub(crate) struct Checked {
     pub limit_bytes: u64,
     pub codec: CodecChoice,
     pub group_pages: usize,
+    /// Bytes of dictionaries for single pages, 0: none.
+    pub dict_bytes: usize,
     pub max_lanes: usize,
     pub segment_bytes: u32,
     /// The user chose `segment_bytes`: an arena with another size is refused.
@@ -241,12 +243,13 @@ pub(crate) struct Checked {
 pub(crate) struct Cold {
     pub codec: CodecChoice,
     pub group_pages: usize,
+    pub dict_bytes: usize,
     pub idle_s: u32,
     pub cpu_percent: u8,
 }
 
-/// Of one processor, for compressing again.
-const CPU_PERCENT: u8 = 25;
+/// Of one processor, for compressing again, and for training dictionaries.
+pub(crate) const CPU_PERCENT: u8 = 25;
 
 /// Seconds until a page is taken for cold.
 const IDLE_S: u32 = 600;
@@ -260,6 +263,24 @@ impl Checked {
     /// Most pages that a record will ever hold.
     pub fn most_group_pages(&self) -> usize {
         self.group_pages_seen.max(self.cold.map_or(0, |cold| cold.group_pages))
+    }
+
+    /// The levels at which dictionaries are used.
+    pub fn dict_levels(&self) -> Vec<i32> {
+        let hot = (self.dict_bytes > 0).then_some(self.codec);
+        let cold = self.cold.filter(|cold| cold.dict_bytes > 0).map(|cold| cold.codec);
+        let level = |codec| match codec {
+            CodecChoice::Zstd(level) => Some(level),
+            CodecChoice::Lz4 => None,
+        };
+        let mut levels: Vec<i32> = hot.into_iter().chain(cold).filter_map(level).collect();
+        levels.dedup();
+        levels
+    }
+
+    /// Bytes of dictionaries that are trained. 0: there are none.
+    pub fn most_dict_bytes(&self) -> usize {
+        self.dict_bytes.max(self.cold.map_or(0, |cold| cold.dict_bytes))
     }
 
     /// Fits the choices to an arena that is there already. Its segments keep their size; a limit
@@ -299,6 +320,10 @@ impl StoreConfig {
                 "high= and low= belong to the first ram tier: they are of all the memory that may be held".into()
             );
         }
+        let has_none = |t: &RamTier| t.codec == CodecChoice::Lz4 && t.dict.is_some_and(|bytes| bytes > 0);
+        if has_none(&tier) || second.is_some_and(has_none) {
+            return bad("dict= is for codec=zstd: lz4 takes no dictionary".into());
+        }
         let hot_bytes = tier.limit.resolve(ram_bytes);
         let limit_bytes = match second.map(|t| t.limit) {
             None | Some(Limit::Default) => hot_bytes,
@@ -310,6 +335,7 @@ impl StoreConfig {
         let cold = second.map(|t| Cold {
             codec: t.codec,
             group_pages: t.group as usize / PAGE_BYTES,
+            dict_bytes: t.dict_bytes(),
             idle_s: t.idle_s.unwrap_or(IDLE_S),
             cpu_percent: t.cpu_percent.unwrap_or(CPU_PERCENT),
         });
@@ -335,6 +361,7 @@ impl StoreConfig {
             limit_bytes,
             codec: tier.codec,
             group_pages: tier.group as usize / PAGE_BYTES,
+            dict_bytes: tier.dict_bytes(),
             max_lanes: self.max_lanes,
             segment_bytes,
             segment_bytes_given: self.segment_bytes.is_some(),
@@ -417,9 +444,18 @@ mod tests {
         );
         assert!(check(&["ram"]).unwrap().cold.is_none() && check(&["file:/x,size=1G"]).unwrap().cold.is_none());
         assert!(check(&["ram", "ram"]).is_err(), "it would compress no better");
+        assert!(check(&["ram,dict=on"]).is_err() && check(&["ram", "ram,group=8K,dict=4K"]).is_err());
         assert!(check(&["ram,idle=5"]).is_err() && check(&["ram,cpu=5%"]).is_err());
         assert!(check(&["ram", "ram,codec=zstd,high=80%"]).is_err());
         assert!(check(&["ram", "ram,limit=60%,codec=zstd"]).is_err(), "more than there is");
+        let dictionaries = |tiers: &[&str]| {
+            let checked = check(tiers).unwrap();
+            (checked.most_dict_bytes(), checked.dict_levels())
+        };
+        assert_eq!(dictionaries(&["ram", "ram,codec=zstd:3,group=64K"]), (0, vec![]));
+        assert_eq!(dictionaries(&["ram,codec=zstd:1,dict=off"]), (0, vec![]));
+        assert_eq!(dictionaries(&["ram,codec=zstd:1"]), (32 << 10, vec![1]));
+        assert_eq!(dictionaries(&["ram,codec=zstd:1", "ram,codec=zstd:9,group=64K,dict=64K"]), (64 << 10, vec![1, 9]));
         let below = check(&["ram,limit=100M", "ram,codec=zstd:3,group=64K", "file:/x,size=1G"]).unwrap();
         assert_eq!((below.limit_bytes, below.below.unwrap().size), (100 << 20, Some(1 << 30)));
         assert!(check(&["file:/x,size=1G", "ram"]).is_err(), "the wrong way round");

@@ -38,8 +38,29 @@ pub struct Stats {
     /// Live bytes of records that were compressed again.
     pub cold_bytes: u64,
     pub recompressed_segments: u64,
+    /// What zstd compresses single pages with.
+    pub dictionaries: DictionaryStats,
     /// The disk tier, if there is one.
     pub disk: Option<DiskStats>,
+}
+
+/// Dictionaries, trained from what is stored.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct DictionaryStats {
+    /// In use now.
+    pub count: u64,
+    /// Their bytes, which the memory held has too.
+    pub bytes: u64,
+    /// What the store has made ready of them, beside the memory held.
+    pub held_bytes: u64,
+    /// Taken into use by this store.
+    pub trained: u64,
+    /// Trained, and no better than what there was.
+    pub refused: u64,
+    /// Out of use since no page was compressed with them any more.
+    pub dropped: u64,
+    /// Pages compressed with one by this store.
+    pub pages: u64,
 }
 
 /// A tier and what it holds. Sizes are bytes.
@@ -137,6 +158,19 @@ impl fmt::Display for Stats {
                 "cold      {} of what is stored; {} segments compressed again",
                 format_size(self.cold_bytes),
                 self.recompressed_segments
+            )?;
+        }
+        let d = &self.dictionaries;
+        if d.count + d.trained + d.refused > 0 {
+            writeln!(
+                f,
+                "dicts     {} of {}; {} trained, {} no better, {} dropped; {} pages compressed with one",
+                d.count,
+                format_size(d.bytes),
+                d.trained,
+                d.refused,
+                d.dropped,
+                d.pages
             )?;
         }
         if let Some(d) = &self.disk {

@@ -30,8 +30,9 @@ static TARGET: AtomicU64 = AtomicU64::new(u64::MAX);
 static PASSED: AtomicU64 = AtomicU64::new(0);
 static LAST: AtomicU64 = AtomicU64::new(0);
 static IN_A_ROW: AtomicU64 = AtomicU64::new(0);
-/// Only those points count that a change of tiers has and nothing else.
+/// Only those points count that a change of tiers has and nothing else, or that a dictionary has.
 static OF_TIERS: AtomicBool = AtomicBool::new(false);
+static OF_DICTIONARIES: AtomicBool = AtomicBool::new(false);
 const TIERS: [&str; 3] = ["superblock: before a part of the tier", "tier: ", "recovery: the table's end"];
 /// Address and length of the name of the point stopped at.
 static STOPPED_AT: OnceLock<Shared> = OnceLock::new();
@@ -39,6 +40,9 @@ static STOPPED_AT: OnceLock<Shared> = OnceLock::new();
 /// Ends the process at the target'th point that counts.
 fn hook(name: &'static str) {
     if OF_TIERS.load(Ordering::Relaxed) && !TIERS.iter().any(|beginning| name.starts_with(beginning)) {
+        return;
+    }
+    if OF_DICTIONARIES.load(Ordering::Relaxed) && !name.starts_with("dictionary: ") {
         return;
     }
     let address = name.as_ptr() as u64;
@@ -107,6 +111,10 @@ enum Op {
     Limit,
     /// Other settings of the memory tiers are.
     Tune,
+    /// All dictionaries but one are dropped by now.
+    Drop,
+    /// A dictionary is trained from what is sealed, which is better than what there was.
+    Train,
 }
 
 const RAW: u64 = 3;
@@ -115,6 +123,9 @@ const MIDDLE: u64 = 12;
 const FILL: u64 = 1;
 const PATTERN: u64 = 2;
 const ZERO: u64 = 0;
+/// Of two vocabularies.
+const WORDS: u64 = 14;
+const OTHERS: u64 = 15;
 
 fn history() -> Vec<Op> {
     use Op::*;
@@ -256,6 +267,8 @@ impl<'a> Player<'a> {
                     self.steps.grow().unwrap();
                 }
             }
+            Op::Drop => assert_eq!(self.store.stats().dictionaries.count, 1, "{}", self.store.stats()),
+            Op::Train => assert!(self.steps.train(), "{}", self.store.stats()),
             Op::Limit => {
                 let limit = self.store.tiers()[0].limit_bytes;
                 self.store.set_limit(Limit::Bytes(limit)).unwrap();
@@ -424,17 +437,85 @@ fn walk_stores(file: &str, visited: &Mutex<BTreeSet<String>>) {
     println!("tiers: {of_tiers} points of a change, {target} points in all, {stops} stops");
 }
 
+// --- dictionaries -----------------------------------------------------------------------------------
+
+/// One is trained, used, followed by another, and dropped when nothing needs it; some of it lies on disk.
+fn of_dictionaries() -> Vec<Op> {
+    use Op::*;
+    vec![
+        Create,
+        Create,
+        Write(0, 0, 64, WORDS),
+        Write(1, 0, 32, WORDS),
+        Reopen,
+        Train,
+        Write(0, 0, 30, WORDS),
+        Write(0, 34, 10, MIDDLE),
+        Sectors(0, 3, 2, 5, MIDDLE),
+        Discard(0, 36, 5),
+        Reopen,
+        Demote,
+        // What was made without one is made anew with it.
+        Clean,
+        CloseCleaner,
+        Write(0, 0, 64, OTHERS),
+        Write(1, 0, 64, OTHERS),
+        Reopen,
+        Train,
+        Write(0, 0, 50, OTHERS),
+        Compact,
+        Write(1, 0, 40, OTHERS),
+        Write(0, 512, 20, RAW),
+        Reopen,
+        CloseCleaner,
+        Clean,
+        CloseCleaner,
+        Drain,
+        Clean,
+        Write(0, 50, 14, OTHERS),
+        Write(1, 40, 24, SMALL),
+        Reopen,
+        Clean,
+        CloseCleaner,
+        Clean,
+        Drop,
+        GiveBack,
+    ]
+}
+
+/// At every point that only a dictionary has, and in the recovery from it at one in seven; then at one in eleven of all.
+fn walk_dictionaries(tier: &str, visited: &Mutex<BTreeSet<String>>) {
+    let mut stops = 0;
+    let mut stop = |target, again| {
+        let (first, second) = stop_twice(tier, &of_dictionaries(), target, again);
+        stops += 1;
+        visited.lock().unwrap().extend(first.into_iter().chain(second).map(str::to_string));
+        (first, second)
+    };
+    OF_DICTIONARIES.store(true, Ordering::Relaxed);
+    let mut points = 0;
+    while stop(points, 0).0.is_some() {
+        points += 1;
+    }
+    OF_DICTIONARIES.store(false, Ordering::Relaxed);
+    let mut target = 0;
+    while stop(target, target * 7 % 31).0.is_some() {
+        target += 11;
+    }
+    println!("{tier}: {points} points of dictionaries, {target} points in all, {stops} stops");
+}
+
 // --- the walk -------------------------------------------------------------------------------------
 
 /// Stops the history at its `target`th point, then the recovery at its `again`th. Returns the
 /// names of the points; the first None: the history came to its end.
-fn stop_twice(tier: &str, target: u64, again: u64) -> (Option<&'static str>, Option<&'static str>) {
+fn stop_twice(tier: &str, history: &[Op], target: u64, again: u64) -> (Option<&'static str>, Option<&'static str>) {
     let arena = create_arena(false).unwrap();
     let entries = entries();
     let ledger = Ledger::new(entries.len());
     let first = stopped_at(target, || {
         let mut player = Player::open(&arena, tier, &ledger, &entries);
-        history().into_iter().for_each(|op| player.play(op));
+        history.iter().for_each(|op| player.play(*op));
     });
     let second = stopped_at(again, || drop(Player::open(&arena, tier, &ledger, &entries)));
     let outcome = std::panic::catch_unwind(|| {
@@ -471,14 +552,14 @@ fn walk(tier: &str, visited: &Mutex<BTreeSet<String>>) {
     let mut seen: BTreeSet<&str> = BTreeSet::new();
     let (mut stops, mut kinds_in_full) = (0, 0);
     for target in 0.. {
-        let (first, second) = stop_twice(tier, target, target * 7 % 31);
+        let (first, second) = stop_twice(tier, &history(), target, target * 7 % 31);
         let mut names: Vec<_> = first.into_iter().chain(second).collect();
         stops += 1;
         if first.is_some_and(|name| seen.insert(name) && !known.contains(name)) {
             // The first of its kind: every point of the recovery in turn.
             kinds_in_full += 1;
             for again in 0.. {
-                let (_, second) = stop_twice(tier, target, again);
+                let (_, second) = stop_twice(tier, &history(), target, again);
                 stops += 1;
                 names.extend(second);
                 if second.is_none() {
@@ -505,6 +586,7 @@ fn stopped_at_any_point_nothing_acknowledged_is_lost() {
     for tier in ["ram,limit=4M,codec=lz4", "ram,limit=8M,codec=lz4,group=16K", again, &disk] {
         walk(tier, &visited);
     }
+    walk_dictionaries(&disk.replace("lz4", "zstd:1,dict=8K"), &visited);
     walk_stores(&file.display().to_string(), &visited);
     for name in ["", "a", "b"] {
         std::fs::remove_file(format!("{}{name}", file.display())).unwrap();

@@ -47,6 +47,7 @@ fn content(rng: &mut Rng, out: &mut [u8]) {
             out.chunks_mut(8).for_each(|c| c.copy_from_slice(&p[..c.len()]));
         }
         3 => out.chunks_mut(8).for_each(|c| c.copy_from_slice(&rng.next().to_le_bytes()[..c.len()])),
+        14 | 15 => words(PHASE.load(Ordering::Relaxed), rng, out),
         _ => {
             let step = rng.below(61) + 1;
             let salt = rng.next();
@@ -56,6 +57,25 @@ fn content(rng: &mut Rng, out: &mut [u8]) {
             }
             out[..noisy].chunks_mut(8).for_each(|c| c.copy_from_slice(&rng.next().to_le_bytes()[..c.len()]));
         }
+    }
+}
+
+/// The vocabulary of the time: what was a good dictionary once is none for long.
+static PHASE: AtomicU64 = AtomicU64::new(0);
+
+fn words(vocabulary: u64, rng: &mut Rng, out: &mut [u8]) {
+    for word in out.chunks_mut(32) {
+        let mut letters = Rng((vocabulary << 8 | rng.below(128)).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+        word.iter_mut().for_each(|b| *b = b'a' + letters.below(26) as u8);
+    }
+}
+
+/// Dictionaries are trained one after another, and pages change from one to the next.
+fn train(store: &Store, working: &AtomicU64) {
+    while working.load(Ordering::Relaxed) > 0 {
+        store.train_dictionary();
+        std::thread::sleep(Duration::from_millis(30));
+        PHASE.fetch_add(1, Ordering::Relaxed);
     }
 }
 
@@ -229,6 +249,9 @@ fn run(tier: &str) {
         if tier.contains(" + file") {
             scope.spawn(|| change_tiers(&store, &working));
         }
+        if tier.contains("dict=") {
+            scope.spawn(|| train(&store, &working));
+        }
         for thread in 0..THREADS {
             let working = &working;
             let mut workers: Vec<_> = volumes
@@ -265,6 +288,9 @@ fn run(tier: &str) {
     println!("{full}");
     assert!(full.cleaned_segments > 0, "the limit is tiny enough for the cleaner to work");
     assert_eq!(full.recompressed_segments > 0, tier.contains(" + ram"), "only with a second tier");
+    let dictionaries = &full.dictionaries;
+    let in_play = dictionaries.pages > 0 && dictionaries.trained > 0;
+    assert!(in_play || !tier.contains("dict="), "dictionaries are in play");
     assert_eq!(full.disk.as_ref().is_some_and(|disk| disk.fetches > 0), tier.contains(" + file"), "only with a disk");
     for v in &volumes {
         v.lane().unwrap().discard(0, v.bytes()).unwrap();
@@ -319,6 +345,22 @@ fn zstd_groups() {
 #[test]
 fn zstd_single_pages() {
     run("ram,limit=14M,codec=zstd:-1");
+}
+
+#[test]
+fn zstd_single_pages_with_dictionaries() {
+    run("ram,limit=12M,codec=zstd:1,dict=8K");
+}
+
+/// Cold pages that stand alone have one too.
+#[test]
+fn zstd_pages_and_cold_ones_with_dictionaries() {
+    run("ram,limit=10M,codec=zstd:-1,dict=8K + ram,limit=4M,codec=zstd:3,group=16K,dict=8K,idle=0s");
+}
+
+#[test]
+fn zstd_pages_with_dictionaries_above_a_disk() {
+    run_on_disk("ram,limit=6M,codec=zstd:1,dict=8K", ",prealloc=off");
 }
 
 #[test]

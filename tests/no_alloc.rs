@@ -323,16 +323,33 @@ fn confined_store(tier: &str) {
 }
 
 fn confined_store_on(tier: &str, arena: OwnedFd, on_start: fn(&str)) {
+    confined_store_checked(tier, arena, on_start, |_| {}, |_| true);
+}
+
+/// With something done after the warm-up, and looked at in the end.
+fn confined_store_checked(
+    tier: &str,
+    arena: OwnedFd,
+    on_start: fn(&str),
+    after_warm_up: impl FnOnce(&Store),
+    is_as_wanted: impl Fn(&ghostswap::Stats) -> bool,
+) {
     let _no_fork = FORK.read().unwrap();
-    confined_store_with(tier, arena, on_start, || {});
+    confined_store_with(tier, arena, on_start, after_warm_up, is_as_wanted);
 }
 
 /// `after_warm_up`: what is done then.
-fn confined_store_with(tier: &str, arena: OwnedFd, on_start: fn(&str), after_warm_up: impl FnOnce()) {
+fn confined_store_with(
+    tier: &str,
+    arena: OwnedFd,
+    on_start: fn(&str),
+    after_warm_up: impl FnOnce(&Store),
+    is_as_wanted: impl Fn(&ghostswap::Stats) -> bool,
+) {
     prepare();
     let bench = Bench::open(tier, arena, on_start);
     bench.run(WARM_UP_OPS);
-    after_warm_up();
+    after_warm_up(&bench.store);
     let before = bench.faults();
     bench.run(OPS);
     let full = bench.store.stats();
@@ -345,6 +362,7 @@ fn confined_store_with(tier: &str, arena: OwnedFd, on_start: fn(&str), after_war
     println!("{tier}: {} writes short\n{after}", bench.short());
     assert!(after.held_bytes > full.held_bytes * 3 / 4, "memory grew again: {after}");
     assert!(after.cleaned_segments > full.cleaned_segments, "the cleaner worked again: {after}");
+    assert!(is_as_wanted(&after), "{after}");
     let now = bench.faults();
     println!("minor and major faults of the cleaner and of each lane: {before:?}, at the end {now:?}");
     for (then, now) in before.iter().zip(&now) {
@@ -365,7 +383,7 @@ fn lz4_single_pages() {
 
 #[test]
 fn zstd_single_pages() {
-    confined_store("ram,limit=14M,codec=zstd:1");
+    confined_store("ram,limit=14M,codec=zstd:1,dict=off");
 }
 
 #[test]
@@ -376,6 +394,33 @@ fn lz4_groups() {
 #[test]
 fn zstd_groups() {
     confined_store("ram,limit=14M,codec=zstd:3,group=64K");
+}
+
+const WITH_DICTIONARIES: &str = "ram,limit=14M,codec=zstd:1,dict=16K";
+
+/// An arena that has one already, and is taken up with it: the cleaner too is confined.
+#[test]
+fn zstd_single_pages_with_a_dictionary() {
+    let arena = create_arena(false).unwrap();
+    let store = Store::open_arena(config(WITH_DICTIONARIES), arena.try_clone().unwrap()).unwrap();
+    let mut lane = store.create_volume(1 << 40).unwrap().lane().unwrap();
+    lane.write(0, &corpus()[..6 << 20]).unwrap();
+    store.train_dictionary();
+    until("a dictionary is trained", || store.stats().dictionaries.trained > 0);
+    drop((lane, store));
+    let compressed = |stats: &ghostswap::Stats| stats.dictionaries.pages > 10_000 && stats.dictionaries.trained == 0;
+    confined_store_checked(WITH_DICTIONARIES, arena, on_start, |_| {}, compressed);
+}
+
+/// One is trained and used, and another, while lanes work: by the cleaner, which takes what memory that needs.
+#[test]
+fn zstd_single_pages_and_the_first_dictionary() {
+    let trained = |stats: &ghostswap::Stats| stats.dictionaries.pages > 1000 && stats.dictionaries.trained > 0;
+    let train = |store: &Store| {
+        store.train_dictionary();
+        until("a dictionary is trained", || store.stats().dictionaries.trained > 0);
+    };
+    confined_store_checked(WITH_DICTIONARIES, create_arena(false).unwrap(), on_start_but_cleaner, train, trained);
 }
 
 const AGAIN: &str = "ram,limit=14M,codec=lz4 + ram,codec=zstd:3,group=64K,idle=0";
@@ -417,10 +462,11 @@ fn lz4_single_pages_above_a_server() {
     std::fs::File::create(&file).unwrap().set_len(32 << 20).unwrap();
     let mut server = nbdkit::Nbdkit::start(&dir, &["file", file.to_str().unwrap()]);
     let tier = format!("ram,limit=10M,codec=lz4 + nbd:{},size=16M", server.uri());
-    confined_store_with(&tier, create_arena(false).unwrap(), on_start, || {
+    let restart = |_: &Store| {
         server.kill();
         server.start_again();
-    });
+    };
+    confined_store_with(&tier, create_arena(false).unwrap(), on_start, restart, |_| true);
     std::fs::remove_dir_all(dir).unwrap();
 }
 

@@ -20,11 +20,13 @@ const THREADS: u64 = 3;
 /// Pages of a thread in each volume.
 const RANGE: u64 = 640;
 const SIZES: [u64; 3] = [MAX_VOLUME_BYTES, 64 << 20, 1 << 30];
-const TIERS: [&str; 5] = [
+const TIERS: [&str; 7] = [
     "ram,limit=9M,codec=lz4",
     "ram,limit=9M,codec=zstd:1,group=16K",
     "ram,limit=9M,codec=lz4,group=64K",
     "ram,limit=9M,codec=zstd:-1",
+    "ram,limit=9M,codec=zstd:1,dict=8K",
+    "ram,limit=9M,codec=zstd:1,dict=4K + ram,codec=zstd:3,group=16K,dict=4K,idle=0",
     "ram,limit=9M,codec=lz4 + ram,codec=zstd:1,group=64K,idle=0",
 ];
 
@@ -177,10 +179,15 @@ fn live(arena: &OwnedFd, tier: &str, ledger: &Ledger, board: &Shared, seed: u64,
                 let mut writer = writer(&store, ledger, t, seed.wrapping_mul(2 * t + 3) | 1);
                 let store = &store;
                 scope.spawn(move || -> Result<(), String> {
-                    loop {
+                    for step in 0u64.. {
                         writer.step().map_err(|e| format!("thread {t}: {e}"))?;
+                        if t == 0 && step % 64 == 0 {
+                            store.train_dictionary();
+                            board.at(3).store(store.stats().dictionaries.pages, Ordering::Relaxed);
+                        }
                         board.at(1).store(store.stats().cleaned_segments, Ordering::Relaxed);
                     }
+                    Ok(())
                 })
             })
             .collect();
@@ -211,10 +218,11 @@ fn kill_again_and_again(disk: &str) {
     let seed = env("GHOSTSWAP_RECOVER_SEED", clock & 0xffff_ffff);
     let arena = create_arena(false).unwrap();
     let ledger = Ledger::new(SIZES.len() * THREADS as usize * RANGE as usize);
-    // 0: lives that came to write; 1: segments cleaned in the present one; 2: the present one.
-    let board = Shared::new(3);
+    // 0: lives that came to write; 1: segments cleaned in the present one; 2: the present one; 3: pages compressed with a
+    // dictionary in it.
+    let board = Shared::new(4);
     let mut rng = Rng(seed | 1);
-    let (mut cleaned, mut early) = (0, 0);
+    let (mut cleaned, mut early, mut with_dictionary) = (0, 0, 0);
     let begin = |life: u64, rng: &mut Rng| {
         let tier = format!("{}{disk}", TIERS[rng.below(TIERS.len() as u64) as usize]);
         let life_seed = rng.next() >> 33 | 1;
@@ -230,6 +238,7 @@ fn kill_again_and_again(disk: &str) {
     for life in 0..lives {
         let before = board.at(0).load(Ordering::SeqCst);
         board.at(1).store(0, Ordering::SeqCst);
+        board.at(3).store(0, Ordering::SeqCst);
         board.at(2).store(life, Ordering::SeqCst);
         let child = next.take().unwrap_or_else(|| begin(life, &mut rng));
         // Every second stands by while the one before it writes.
@@ -252,8 +261,11 @@ fn kill_again_and_again(disk: &str) {
         assert_eq!(wait(child), End::Signal(libc::SIGKILL), "seed {seed}, life {life}");
         early += u64::from(board.at(0).load(Ordering::SeqCst) == before);
         cleaned += board.at(1).load(Ordering::SeqCst);
+        with_dictionary += board.at(3).load(Ordering::SeqCst);
     }
     println!("seed {seed}: {lives} lives, {early} of them killed before they wrote, {cleaned} segments cleaned");
+    println!("{with_dictionary} pages compressed with a dictionary");
+    assert!(with_dictionary > 0 || lives < 40, "dictionaries were in play");
     assert!(cleaned > lives, "the limit is tiny enough for the cleaner to work: {cleaned}");
     let store = take_up(&arena, &format!("{}{disk}", TIERS[0]), &ledger)
         .unwrap_or_else(|e| panic!("seed {seed}, at the end: {e}"));
@@ -354,8 +366,8 @@ fn what_is_no_arena_of_ours_is_refused_and_keeps_what_it_holds() {
     for (at, word, says) in [
         (0, 0, "magic"),
         (0, u64::from_le_bytes(*b"SWAPSPCE"), "magic"),
-        (8, 1, "version 1; this program reads 5"),
-        (8, 4, "version 4"),
+        (8, 1, "version 1; this program reads 6"),
+        (8, 5, "version 5"),
         (16, 4096, "do not make up"),
         (24, frames + 1, "do not make up"),
         (4096, 4097, "sizes"),
@@ -412,7 +424,7 @@ fn a_slot_that_cannot_be_costs_its_page_alone() {
 fn an_arena_not_finished_is_begun_anew_and_other_data_is_not_touched() {
     let sized = create_arena(false).unwrap();
     std::fs::File::from(sized.try_clone().unwrap()).set_len(123 << 20).unwrap();
-    poke(&sized, 8, 5);
+    poke(&sized, 8, 6);
     let store = Store::open_arena(config("ram,limit=16M"), sized).unwrap();
     filled(&store, 1 << 30, 10);
     compare(&store, 0, 10);

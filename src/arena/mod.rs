@@ -14,6 +14,7 @@
 //!
 //! Lock order: none here. The stacks are lock-free with a tag against ABA.
 
+mod dictionaries;
 mod file;
 mod linked;
 #[cfg_attr(loom, path = "simulated.rs")]
@@ -25,6 +26,7 @@ mod stack;
 mod standby;
 mod superblock;
 
+pub(crate) use dictionaries::{InArena, MOST_DICTIONARIES};
 pub use file::create_arena;
 pub(crate) use mapping::{host_memory, host_seconds};
 pub(crate) use resident::Resident;

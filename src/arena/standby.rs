@@ -5,11 +5,13 @@
 //! GiB in a thousand; [`Waiting::keep_up`] makes them as the other store grows, by taking over one
 //! page of each. A page table stays when the other store gives its pages back.
 
+use super::dictionaries::MOST_DICTIONARIES;
 use super::file::ArenaFile;
 use super::mapping::Mapping;
 use super::scan::PAGE_TABLE_BYTES;
 use super::superblock::{tier_of, Geometry, Superblock};
 use super::{Spare, POPULATE_STEP, SEGMENT_ENTRY_BYTES};
+use crate::codec::MOST_BYTES;
 use crate::config::Checked;
 use crate::error::Result;
 use std::os::fd::OwnedFd;
@@ -117,6 +119,14 @@ impl Waiting {
     pub fn seen(&self) -> Option<(usize, u64)> {
         let MaybeMapped::Mapped(map) = &self.map else { return None };
         Some(Superblock(map).allowed())
+    }
+
+    /// Bytes of each of its dictionaries, 0: there is none.
+    pub fn dictionary_bytes(&self) -> [usize; MOST_DICTIONARIES as usize] {
+        match &self.map {
+            MaybeMapped::Mapped(map) => Superblock(map).dictionary_bytes().map(|bytes| bytes.min(MOST_BYTES)),
+            MaybeMapped::File(_) => Default::default(),
+        }
     }
 
     /// Makes page tables for what has become resident. Stops where the host has no memory to give

@@ -13,12 +13,14 @@
 //!      192 three words, of idle time, share of a processor, marks: set in the configuration's place, and one; 0: none;
 //!          in the upper half the configuration's when it was set
 //!     1024 64 of 4 bytes: extents of a tier behind a server to which writes may come late, and one; 0: none
+//!     2048 the dictionaries (`arena/dictionaries.rs`)
 //!     4096 the volumes, 64 bytes each: 0 size in bytes, 0: no such volume · 32 the 8 links of its map's root
 //! ```
 //! Of the volumes only those 4 KiB are there in which there is one.
 //! The magic is stored last, so an arena without it is one that was never handed out: empty. A
 //! volume's size is stored last, so a volume without it does not exist.
 
+use super::dictionaries::{LINKS, MOST_DICTIONARIES};
 use super::file::{ArenaFile, START_BYTES};
 use super::mapping::Mapping;
 use super::{ROOT_ENTRIES, SEGMENT_ENTRY_BYTES};
@@ -31,7 +33,7 @@ use crate::tier::{MAX_EXTENTS, NOTES};
 /// First 8 bytes of an arena.
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"GHOSTSWP");
 /// Version of an arena's layout; one of another is refused.
-pub const VERSION: u64 = 5;
+pub const VERSION: u64 = 6;
 
 const FRAMES_AT: usize = 24;
 const GROUP_AT: usize = 40;
@@ -54,6 +56,8 @@ const OWN_AT: usize = 184;
 const TUNED_AT: usize = 192;
 /// Within the superblock's 4 KiB, which are zero where nothing is said of them.
 const LATE_AT: usize = 1024;
+const DICTIONARIES_AT: usize = 2048;
+const DICTIONARY_BYTES: usize = 128;
 const VOLUMES_AT: usize = START_BYTES;
 const VOLUME_BYTES: usize = 64;
 const ROOT_AT: usize = 32;
@@ -302,6 +306,17 @@ impl<'a> Superblock<'a> {
         self.0.halves_at(LATE_AT, NOTES)
     }
 
+    /// What is said of the dictionary with that number: length and serial, checksum; its pages.
+    pub fn dictionary(&self, number: u8) -> ([&'a AtomicU64; 2], &'a [AtomicU32]) {
+        let at = DICTIONARIES_AT + usize::from(number - 1) * DICTIONARY_BYTES;
+        ([self.0.u64_at(at), self.0.u64_at(at + 8)], self.0.halves_at(at + 16, LINKS))
+    }
+
+    /// How long each of them is, 0: there is none.
+    pub fn dictionary_bytes(&self) -> [usize; MOST_DICTIONARIES as usize] {
+        std::array::from_fn(|i| self.dictionary(i as u8 + 1).0[0].load(Ordering::Acquire) as u32 as usize)
+    }
+
     fn bytes<const N: usize>(&self, at: usize) -> [u8; N] {
         let mut bytes = [0; N];
         for (i, chunk) in bytes.chunks_exact_mut(8).enumerate() {
@@ -393,11 +408,19 @@ mod tests {
         assert_eq!(block.allow(4, 0b10), (4, 0b10));
         assert_eq!(block.allow(1, 0b100), (4, 0b110));
         block.volume_bytes(VolumeId(1)).store(8192, Ordering::Relaxed);
+        assert_eq!(block.dictionary_bytes(), [0; 7]);
+        let (words, links) = block.dictionary(7);
+        [0x0000_0009_0000_1000, 0x55].iter().zip(words).for_each(|(value, word)| word.store(*value, Ordering::Relaxed));
+        links[15].store(11, Ordering::Relaxed);
+        assert_eq!((links.len(), block.dictionary_bytes()), (16, [0, 0, 0, 0, 0, 0, 4096]));
         let start = map.file().start().unwrap();
         assert_eq!(tier_of(&start), block.tier());
         assert_eq!(start[..8], *b"GHOSTSWP");
         assert_eq!((&start[88..104], &start[104..136]), (&[3; 16][..], &[7; 32][..]));
         assert_eq!(start[1024 + 63 * 4..1024 + 64 * 4], 8u32.to_le_bytes());
+        assert_eq!(start[2048..2816], [0; 768]);
+        assert_eq!(start[2816..2832], [0, 16, 0, 0, 9, 0, 0, 0, 0x55, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!((&start[2832 + 60..2832 + 64], &start[2896..]), (&[11, 0, 0, 0][..], &[0; 1200][..]));
         let fields = [(8, VERSION), (16, 65536), (24, 64), (32, 1024), (40, 4), (48, 6), (56, 0), (72, 70)];
         for (at, want) in fields.into_iter().chain([(136, 9), (144, 7), (152, 1), (160, 6), (168, 12)]) {
             assert_eq!(start[at..at + 8], want.to_le_bytes(), "at {at}");

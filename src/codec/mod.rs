@@ -1,11 +1,13 @@
 //! What a page looks like when stored: same-filled, compressed, or raw. Knows nothing of segments.
 
+mod dictionary;
 mod lz4;
 mod zstd;
 
 use crate::config::CodecChoice;
 use crate::page::PAGE_BYTES;
 
+pub(crate) use dictionary::{train, Dictionary, LEAST_BYTES, MOST_BYTES, TRAINING_BYTES};
 pub(crate) use zstd::Decoder;
 
 /// Payload is the bytes themselves.
@@ -78,8 +80,9 @@ impl Codec {
         let mut packed = vec![0; src.len()];
         let mut plain = vec![0; src.len()];
         for len in [PAGE_BYTES, MOST_PAGES * PAGE_BYTES] {
-            if let Some((codec, n)) = self.compress(&src[..len], &mut packed) {
-                assert!(self.decompress(codec, &packed[..n], &mut plain[..len]), "what was compressed decompresses");
+            if let Some((codec, n)) = self.compress(&src[..len], &mut packed, None) {
+                let same = self.decompress(codec, &packed[..n], &mut plain[..len], None);
+                assert!(same, "what was compressed decompresses");
             }
         }
     }
@@ -94,20 +97,25 @@ impl Codec {
         codec != ZSTD || self.decoder.is_some()
     }
 
-    /// Codec and length of the payload, or None if it does not fit `dst`.
-    pub fn compress(&mut self, src: &[u8], dst: &mut [u8]) -> Option<(u8, usize)> {
+    /// Whether it can compress with that dictionary.
+    pub fn takes(&self, dictionary: &Dictionary) -> bool {
+        matches!(&self.compressor, Compressor::Zstd(c) if dictionary.has(c.level()))
+    }
+
+    /// Codec and length of the payload, or None if it does not fit `dst`. With a dictionary: one that it takes.
+    pub fn compress(&mut self, src: &[u8], dst: &mut [u8], with: Option<&Dictionary>) -> Option<(u8, usize)> {
         match &mut self.compressor {
             Compressor::Lz4(c) => c.compress(src, dst).map(|n| (LZ4, n)),
-            Compressor::Zstd(c) => c.compress(src, dst).map(|n| (ZSTD, n)),
+            Compressor::Zstd(c) => c.compress(src, dst, with).map(|n| (ZSTD, n)),
         }
     }
 
-    /// True if the payload decodes to exactly `dst.len()` bytes.
-    pub fn decompress(&mut self, codec: u8, payload: &[u8], dst: &mut [u8]) -> bool {
+    /// True if the payload decodes to exactly `dst.len()` bytes. `with`: what a zstd frame was made with.
+    pub fn decompress(&mut self, codec: u8, payload: &[u8], dst: &mut [u8], with: Option<&Dictionary>) -> bool {
         match codec {
             RAW if payload.len() == dst.len() => dst.copy_from_slice(payload),
             LZ4 => return lz4::decompress(payload, dst),
-            ZSTD => return self.decoder.as_mut().is_some_and(|d| d.decompress(payload, dst)),
+            ZSTD => return self.decoder.as_mut().is_some_and(|d| d.decompress(payload, dst, with)),
             FILL => match payload.try_into() {
                 Ok(pattern) => fill(u64::from_le_bytes(pattern), dst),
                 Err(_) => return false,
@@ -143,12 +151,80 @@ mod tests {
             let src: Vec<u8> = (0..4 * PAGE_BYTES).map(|i| (i / 7 * 13) as u8).collect();
             for len in [PAGE_BYTES, 4 * PAGE_BYTES] {
                 let (mut packed, mut plain) = (vec![0; len], vec![0; len]);
-                let (codec, n) = c.compress(&src[..len], &mut packed).unwrap();
-                assert!(c.decompress(codec, &packed[..n], &mut plain));
+                let (codec, n) = c.compress(&src[..len], &mut packed, None).unwrap();
+                assert!(c.decompress(codec, &packed[..n], &mut plain, None));
                 assert_eq!(plain, &src[..len]);
-                assert!(!c.decompress(codec, &packed[..n / 2], &mut plain));
-                assert!(!c.decompress(RAW, &packed[..n], &mut plain));
+                assert!(!c.decompress(codec, &packed[..n / 2], &mut plain, None));
+                assert!(!c.decompress(RAW, &packed[..n], &mut plain, None));
             }
         }
+    }
+
+    /// Pages that have much in common with each other, and little in themselves: words of 40 letters, in any order.
+    pub(crate) fn alike(count: usize) -> Vec<u8> {
+        let mut x = 88_172_645_463_325_252u64;
+        let mut next = || {
+            x ^= x << 13;
+            x ^= x >> 7;
+            x ^= x << 17;
+            x
+        };
+        let words: Vec<[u8; 40]> = (0..256).map(|_| std::array::from_fn(|_| b'a' + (next() % 26) as u8)).collect();
+        let mut pages = Vec::with_capacity(count * PAGE_BYTES + 40);
+        while pages.len() < count * PAGE_BYTES {
+            pages.extend_from_slice(&words[(next() % 256) as usize]);
+        }
+        pages.truncate(count * PAGE_BYTES);
+        pages
+    }
+
+    #[test]
+    fn with_a_dictionary_pages_are_smaller_and_come_back() {
+        let pages = alike(400);
+        let (known, fresh) = pages.split_at(300 * PAGE_BYTES);
+        for (level, bytes) in [(1, 16 << 10), (-1, 4 << 10), (3, 64 << 10), (9, 8 << 10), (19, 64 << 10)] {
+            let made = train(known, bytes, level).unwrap();
+            assert!((LEAST_BYTES..=bytes).contains(&made.len()), "{}", made.len());
+            let dictionary = Dictionary::new(&made, &[level]).unwrap();
+            assert!(dictionary.held_bytes() <= Dictionary::memory_bytes(made.len(), &[level]) + 3 * 8);
+            let mut c = Codec::new(CodecChoice::Zstd(level), 0);
+            assert!(c.takes(&dictionary) && !Codec::new(CodecChoice::Zstd(2), 0).takes(&dictionary));
+            let (mut packed, mut plain) = (vec![0; PAGE_BYTES], vec![0; PAGE_BYTES]);
+            let (mut with, mut without) = (0, 0);
+            for page in fresh.chunks_exact(PAGE_BYTES) {
+                // In turn, so that nothing is left of either in the other.
+                for dictionary in [Some(&dictionary), None] {
+                    let (codec, n) = c.compress(page, &mut packed, dictionary).unwrap();
+                    assert!(c.decompress(codec, &packed[..n], &mut plain, dictionary));
+                    assert_eq!(plain, page);
+                    *if dictionary.is_some() { &mut with } else { &mut without } += n;
+                }
+            }
+            assert!(with < without, "level {level}: {with} with, {without} without");
+        }
+    }
+
+    /// The cleaner's thread, which trains, has a stack of 64 KiB.
+    #[test]
+    fn training_takes_half_a_background_threads_stack() {
+        let train_all = || {
+            let pages = alike(60);
+            for level in [-7, 1, 3, 5, 7, 12, 16, 19] {
+                let made = train(&pages, 8 << 10, level).unwrap();
+                let dictionary = Dictionary::new(&made, &[level]).unwrap();
+                let mut packed = [0; PAGE_BYTES];
+                let mut codec = Codec::new(CodecChoice::Zstd(level), 0);
+                codec.compress(&pages[..PAGE_BYTES], &mut packed, Some(&dictionary)).unwrap();
+            }
+        };
+        std::thread::Builder::new().stack_size(32 << 10).spawn(train_all).unwrap().join().unwrap();
+    }
+
+    #[test]
+    fn what_is_no_dictionary_is_none() {
+        assert!(Dictionary::new(&[7; 4096], &[1]).is_none());
+        assert!(Dictionary::new(&[], &[1]).is_none());
+        assert!(train(&alike(2), 16 << 10, 1).is_none_or(|made| made.len() <= 16 << 10));
+        assert!(train(&[], 16 << 10, 1).is_none());
     }
 }

@@ -6,17 +6,22 @@
 //! is to have been touched before the first.
 #![allow(unsafe_code, reason = "the C library's interface")]
 
+use super::dictionary::{parameters, Dictionary, MOST_BYTES};
 use super::MOST_PAGES;
 use crate::page::PAGE_BYTES;
 use zstd_safe::zstd_sys::{
-    ZSTD_CCtx, ZSTD_CCtx_setParameter, ZSTD_DCtx, ZSTD_cParameter, ZSTD_compress2, ZSTD_decompressDCtx,
-    ZSTD_estimateCCtxSize_usingCParams, ZSTD_estimateDCtxSize, ZSTD_getCParams, ZSTD_initStaticCCtx,
-    ZSTD_initStaticDCtx, ZSTD_isError,
+    ZSTD_CCtx, ZSTD_CCtx_refCDict, ZSTD_CCtx_setParameter, ZSTD_DCtx, ZSTD_cParameter, ZSTD_compress2,
+    ZSTD_decompressDCtx, ZSTD_decompress_usingDDict, ZSTD_estimateCCtxSize_usingCParams, ZSTD_estimateDCtxSize,
+    ZSTD_getCParams, ZSTD_initStaticCCtx, ZSTD_initStaticDCtx, ZSTD_isError,
 };
 
 /// The compressor's working memory, with the context at its start.
 pub(crate) struct Zstd {
     memory: Box<[u64]>,
+    level: i32,
+    /// Address of what it refers to of a dictionary, 0: of none. Compared, not followed: a frame begins with all of the
+    /// context set anew from what is referred to then.
+    refers_to: usize,
 }
 
 impl Zstd {
@@ -26,13 +31,15 @@ impl Zstd {
         let need = |pages: usize| unsafe {
             ZSTD_estimateCCtxSize_usingCParams(ZSTD_getCParams(level, (pages * PAGE_BYTES) as u64, 0))
         };
-        let size = (1..=MOST_PAGES).map(need).max().unwrap_or(0);
+        // SAFETY: likewise. A page with a dictionary needs no more than the dictionary's own parameters ask for.
+        let with = unsafe { ZSTD_estimateCCtxSize_usingCParams(parameters(level, MOST_BYTES)) };
+        let size = (1..=MOST_PAGES).map(need).max().unwrap_or(0).max(with);
         let mut memory = touched(size);
         // SAFETY: the memory is as long as said, aligned to 8, and lives as long as the context:
         // nobody has the context's address but through `memory`, and its heap memory never moves.
         let context = unsafe { ZSTD_initStaticCCtx(memory.as_mut_ptr().cast(), memory.len() * 8) };
         assert!(!context.is_null(), "a zstd context of the size the library asks for is accepted");
-        let mut zstd = Zstd { memory };
+        let mut zstd = Zstd { memory, level, refers_to: 0 };
         for (parameter, value) in [
             (ZSTD_cParameter::ZSTD_c_compressionLevel, level),
             (ZSTD_cParameter::ZSTD_c_contentSizeFlag, 0),
@@ -52,7 +59,7 @@ impl Zstd {
         let zeros = vec![0; MOST_PAGES * PAGE_BYTES];
         let mut packed = [0; 256];
         for pages in 1..=MOST_PAGES {
-            let done = self.compress(&zeros[..pages * PAGE_BYTES], &mut packed);
+            let done = self.compress(&zeros[..pages * PAGE_BYTES], &mut packed, None);
             assert!(done.is_some(), "a zstd context has room for {pages} pages");
         }
     }
@@ -62,8 +69,26 @@ impl Zstd {
         self.memory.as_mut_ptr().cast()
     }
 
+    pub fn level(&self) -> i32 {
+        self.level
+    }
+
+    /// Has what comes next refer to a dictionary, or to none.
+    fn refer_to(&mut self, dictionary: Option<&Dictionary>) {
+        let wanted = dictionary.map_or(std::ptr::null(), |d| d.compressor(self.level));
+        if wanted as usize == self.refers_to {
+            return;
+        }
+        // SAFETY: the context is between two frames, and used by this one thread; what it is given is null or ready,
+        // and there while the caller's reference is: `compress` follows it no later.
+        let set = unsafe { ZSTD_CCtx_refCDict(self.context(), wanted) };
+        assert!(!failed(set), "between two frames zstd takes a dictionary");
+        self.refers_to = wanted as usize;
+    }
+
     /// Compressed length, or None if it does not fit `dst`.
-    pub fn compress(&mut self, src: &[u8], dst: &mut [u8]) -> Option<usize> {
+    pub fn compress(&mut self, src: &[u8], dst: &mut [u8], with: Option<&Dictionary>) -> Option<usize> {
+        self.refer_to(with);
         // SAFETY: the context was made in `new` and is used by this one thread; lengths are those of
         // the slices.
         let n = unsafe {
@@ -88,9 +113,15 @@ impl Decoder {
         Decoder { memory }
     }
 
-    /// True if `src` is a frame of exactly `dst.len()` bytes.
-    pub fn decompress(&mut self, src: &[u8], dst: &mut [u8]) -> bool {
+    /// True if `src` is a frame of exactly `dst.len()` bytes, made with that dictionary or with none.
+    pub fn decompress(&mut self, src: &[u8], dst: &mut [u8], with: Option<&Dictionary>) -> bool {
         let context: *mut ZSTD_DCtx = self.memory.as_mut_ptr().cast();
+        if let Some(dictionary) = with {
+            let (to, room, from, size) = (dst.as_mut_ptr().cast(), dst.len(), src.as_ptr().cast(), src.len());
+            // SAFETY: as below; the dictionary is there throughout, and nothing refers to it in the next frame.
+            let n = unsafe { ZSTD_decompress_usingDDict(context, to, room, from, size, dictionary.decompressor()) };
+            return !failed(n) && n == dst.len();
+        }
         // SAFETY: the context was made in `new` and is used by this one thread; lengths are those of
         // the slices.
         let n =
@@ -100,11 +131,11 @@ impl Decoder {
 }
 
 /// Memory written with a value other than zero, so that every page of it is there now.
-fn touched(bytes: usize) -> Box<[u64]> {
+pub(super) fn touched(bytes: usize) -> Box<[u64]> {
     vec![0xa5a5_a5a5_a5a5_a5a5u64; bytes.div_ceil(8)].into_boxed_slice()
 }
 
-fn failed(answer: usize) -> bool {
+pub(super) fn failed(answer: usize) -> bool {
     // SAFETY: a pure function of the library.
     unsafe { ZSTD_isError(answer) != 0 }
 }

@@ -35,8 +35,8 @@ impl TierName {
     /// Those that a store takes as they come, and those that it is opened anew for.
     fn keys(self) -> [&'static [&'static str]; 2] {
         match self {
-            TierName::Ram => [&["limit", "high", "low"], &["codec", "group"]],
-            TierName::Cold => [&["limit", "idle", "cpu"], &["codec", "group"]],
+            TierName::Ram => [&["limit", "high", "low"], &["codec", "group", "dict"]],
+            TierName::Cold => [&["limit", "idle", "cpu"], &["codec", "group", "dict"]],
             TierName::Disk => [&[], &["timeout", "connections", "ca", "cert", "key", "credentials", "profile"]],
         }
     }
@@ -177,6 +177,7 @@ mod tests {
                 "ram,codec=zstd:1,group=64K",
             ),
             ("cold,idle=5m,cpu=50%", "cold,idle=5m,cpu=50%", ""),
+            ("ram,dict=off", "", "ram,dict=off"),
             ("cold,group=32K,limit=1G", "cold,limit=1G", "cold,group=32K"),
             ("disk,timeout=5s,connections=3,ca=/a", "", "disk,timeout=5s,connections=3,ca=/a"),
             ("disk,cert=/a,key=/b,credentials=/c,profile=d", "", "disk,cert=/a,key=/b,credentials=/c,profile=d"),
@@ -199,6 +200,7 @@ mod tests {
             "ram,codec=gzip",
             "ram,group=3K",
             "ram,idle=5m",
+            "ram,dict=5K",
             "ram,high=99%",
             "ram,high=50%,low=60%",
             "ram,timeout=5s",
@@ -214,6 +216,7 @@ mod tests {
             "disk,ca=a",
             "disk,key=b",
             "disk,codec=lz4",
+            "disk,dict=on",
             "disk,prealloc=off",
         ] {
             let why = bad.parse::<TierSettings>().unwrap_err();

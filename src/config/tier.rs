@@ -11,8 +11,8 @@ use std::str::FromStr;
 /// One `--tier`.
 #[derive(Clone, Debug, PartialEq)]
 pub enum TierConfig {
-    /// `ram[,limit=SIZE|PERCENT%][,codec=lz4|zstd[:LEVEL]][,group=SIZE][,high=PERCENT%][,low=PERCENT%][,idle=TIME]
-    /// [,cpu=PERCENT%]`
+    /// `ram[,limit=SIZE|PERCENT%][,codec=lz4|zstd[:LEVEL]][,group=SIZE][,dict=SIZE|on|off][,high=PERCENT%]
+    /// [,low=PERCENT%][,idle=TIME][,cpu=PERCENT%]`
     Ram(RamTier),
     /// `file:PATH,size=SIZE[,encrypt=off][,prealloc=off]` or `block:PATH[,size=SIZE][,encrypt=off]` or
     /// `nbd:URI[,size=SIZE][,encrypt=off][,connections=N][,timeout=TIME][,ca=PATH][,cert=PATH,key=PATH]` or
@@ -30,6 +30,9 @@ pub struct RamTier {
     pub codec: CodecChoice,
     /// Contiguous bytes compressed together, 4K to 64K. Default 4K: every page alone.
     pub group: u32,
+    /// Bytes of the dictionaries that zstd compresses single pages with, trained from what is stored; 0: none.
+    /// Default: 32K where every page is compressed alone by zstd, else none.
+    pub dict: Option<u32>,
     /// Of a second tier: seconds after which what was written is compressed again. Default: 600.
     pub idle_s: Option<u32>,
     /// Of a second tier: percent of one processor that compressing again may take, unless memory is short. Default: 25.
@@ -47,6 +50,9 @@ pub struct Marks {
     /// 1 to 92, below `high`. None: when half as much again is free as `high` leaves.
     pub low: Option<u8>,
 }
+
+/// Of a dictionary that is trained, unless said.
+const DICT_BYTES: u32 = 32 << 10;
 
 /// Above it less would be free than what is swapped out in a burst is to find.
 const MOST_HIGH: u8 = 93;
@@ -112,6 +118,7 @@ impl Default for RamTier {
             limit: Limit::Default,
             codec: CodecChoice::Lz4,
             group: PAGE_BYTES as u32,
+            dict: None,
             idle_s: None,
             cpu_percent: None,
             marks: Marks::default(),
@@ -126,11 +133,12 @@ impl RamTier {
             "limit" => self.limit = value.parse()?,
             "codec" => self.codec = value.parse()?,
             "group" => self.group = parse_group(value)?,
+            "dict" => self.dict = Some(parse_dict(value)?),
             "idle" => self.idle_s = Some(parse_time(value)?),
             "cpu" => self.cpu_percent = Some(parse_share(value)?),
             "high" | "low" => self.marks.set(key, value)?,
             _ => {
-                let known = "limit, codec, group, high, low, idle, cpu";
+                let known = "limit, codec, group, dict, high, low, idle, cpu";
                 return Err(format!("unknown option '{key}' of a ram tier: known are {known}"));
             }
         }
@@ -142,6 +150,15 @@ impl RamTier {
         match self.limit {
             Limit::Bytes(b) if b < MIN_LIMIT_BYTES => Err(format!("limit={b} is too small: at least 4M")),
             _ => self.marks.check(),
+        }
+    }
+
+    /// Bytes of its dictionaries, 0: it has none.
+    pub(crate) fn dict_bytes(&self) -> usize {
+        let alone = self.group as usize == PAGE_BYTES;
+        match self.codec {
+            CodecChoice::Lz4 => 0,
+            CodecChoice::Zstd(_) => self.dict.unwrap_or(if alone { DICT_BYTES } else { 0 }) as usize,
         }
     }
 }
@@ -297,6 +314,18 @@ fn parse_group(value: &str) -> Result<u32, String> {
     }
 }
 
+fn parse_dict(value: &str) -> Result<u32, String> {
+    match value {
+        "on" => return Ok(DICT_BYTES),
+        "off" => return Ok(0),
+        _ => {}
+    }
+    match parse_size(value) {
+        Ok(b @ (0x1000 | 0x2000 | 0x4000 | 0x8000 | 0x10000)) => Ok(b as u32),
+        _ => Err(format!("dict={value}: on, off, or one of 4K, 8K, 16K, 32K, 64K")),
+    }
+}
+
 impl fmt::Display for TierConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -315,6 +344,11 @@ impl fmt::Display for RamTier {
             Limit::Default => {}
         }
         write!(f, ",codec={},group={}", self.codec, self.group)?;
+        match self.dict {
+            None => {}
+            Some(0) => write!(f, ",dict=off")?,
+            Some(bytes) => write!(f, ",dict={}K", bytes / 1024)?,
+        }
         self.idle_s.map_or(Ok(()), |s| write!(f, ",idle={s}s"))?;
         self.cpu_percent.map_or(Ok(()), |percent| write!(f, ",cpu={percent}%"))?;
         match self.marks == Marks::default() {
@@ -360,6 +394,8 @@ mod tests {
         for s in [
             "ram,limit=25%,codec=zstd:3,group=64K",
             "ram,idle=10m,cpu=5%",
+            "ram,codec=zstd:1,dict=64K",
+            "ram,codec=zstd:1,group=64K,dict=off",
             "ram,high=90%,low=80%",
             "ram,high=auto,low=1%",
             "file:/a/b,size=1G,encrypt=off,prealloc=off",

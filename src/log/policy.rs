@@ -153,6 +153,50 @@ pub(crate) fn rest_after(worked: Duration, cpu_percent: u8) -> Duration {
     worked * (100 - u32::from(cpu_percent.min(100))) / u32::from(cpu_percent.max(1))
 }
 
+/// What is known when a dictionary could be trained.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Lesson {
+    /// Live bytes of what there is to learn from.
+    pub stored_bytes: u64,
+    /// Seconds since the last training, and bytes of segments sealed since. None: there was none.
+    pub since: Option<(u64, u64)>,
+}
+
+/// From less no dictionary comes that is good for what follows.
+const LEAST_LESSON: u64 = 4 << 20;
+/// Seconds between two trainings at least.
+const TRAINING_EVERY_S: u64 = 600;
+
+/// Whether to train one: when there is enough to learn from; then again, some time after, when as much was written anew
+/// as there is. Whether the content has changed by that, only the new one tells.
+pub(crate) fn training(l: &Lesson) -> bool {
+    l.stored_bytes >= LEAST_LESSON
+        && l.since.is_none_or(|(seconds, bytes)| seconds >= TRAINING_EVERY_S && bytes >= l.stored_bytes)
+}
+
+/// What pages that were not learned from take: without any dictionary, with the one in use, with the new one.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Trial {
+    pub without: u64,
+    pub now: Option<u64>,
+    pub new: u64,
+}
+
+/// Whether the new one is to be used. One dictionary in the place of another must make pages smaller by a fiftieth, or it
+/// is not worth compressing survivors anew. The first may make them larger by as much as a fortieth: it is there for its
+/// speed. (zstd's fast levels take the statistics of a dictionary without asking what those of the page would be: that is
+/// where both come from.)
+pub(crate) fn is_better(t: &Trial) -> bool {
+    let bearable = t.new * 40 <= t.without * 41;
+    bearable && t.now.is_none_or(|now| t.new * 50 <= now * 49)
+}
+
+/// Whether to compress anew what is left of an old dictionary's pages, `left_bytes` of `stored_bytes`, so that it can be
+/// dropped: when that is little, or there is no number for another one.
+pub(crate) fn emptying(left_bytes: u64, stored_bytes: u64, numbers_free: bool) -> bool {
+    left_bytes * 32 <= stored_bytes || !numbers_free
+}
+
 /// What the growth thread knows.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Demand {
@@ -259,6 +303,17 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn trains_when_there_is_enough_and_again_when_it_is_another() {
+        let l = |stored: u64, since| training(&Lesson { stored_bytes: stored << 20, since });
+        assert_eq!([3, 4, 400].map(|stored| l(stored, None)), [false, true, true]);
+        assert_eq!([(600, 40 << 20), (599, 40 << 20), (600, 39 << 20)].map(|s| l(40, Some(s))), [true, false, false]);
+        assert!(emptying(10, 320, true) && !emptying(10, 319, true) && emptying(10, 10, false));
+        let better = |without, now, new| is_better(&Trial { without, now, new });
+        assert!(better(1000, None, 1000) && better(1000, None, 1025) && !better(1000, None, 1026));
+        assert!(better(1000, Some(1000), 980) && !better(1000, Some(1000), 981) && !better(1000, Some(1200), 1100));
     }
 
     #[test]

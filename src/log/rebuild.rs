@@ -12,12 +12,14 @@
 //! records from end to end, as the cleaner needs it. Until `end_recount` the word that will say
 //! how many bytes are used holds the greatest offset that a slot named.
 
-use super::segment::{Place, Segments, BELOW, CLEANING, FREE, OPEN, RETIRED, SEALED, STATE, USED_SHIFT};
+use super::segment::{dictionary_of, Place, Segments, BELOW, CLEANING, FREE, OPEN, RETIRED, SEALED, STATE, USED_SHIFT};
 use crate::arena::{Arena, Resident};
 use crate::error::{Error, Result};
 use crate::page::SegmentId;
 use std::sync::atomic::Ordering;
 
+/// The bit of a segment that has none.
+const NO_DICTIONARY: u8 = 1;
 const LIVE: u64 = (1 << USED_SHIFT) - 1;
 
 /// What `end_recount` leaves.
@@ -69,12 +71,16 @@ impl Segments {
         Ok(())
     }
 
-    /// Counts a page's share of a record. False: there cannot be such a record.
-    pub fn recount(&self, arena: &Arena, entries: u32, s: SegmentId, offset: u32, share: u32) -> bool {
+    /// Counts a page's share of a record. False: there cannot be such a record, or the dictionary that it may have been
+    /// made with is none of the `known`, a bit for each number.
+    pub fn recount(&self, arena: &Arena, entries: u32, s: SegmentId, (offset, share): (u32, u32), known: u8) -> bool {
         if s.0 >= entries || (offset + share) as usize > arena.segment_bytes() {
             return false;
         }
         let e = arena.segment_entry(s);
+        if (known | NO_DICTIONARY) >> dictionary_of(e[3].load(Ordering::Relaxed)) & 1 == 0 {
+            return false;
+        }
         let word = e[1].load(Ordering::Relaxed);
         let (used, live) = (word >> USED_SHIFT, (word & LIVE) + u64::from(share));
         // Nobody else is at the table yet: plain loads and stores do.

@@ -8,7 +8,8 @@
 //!            2   sequence number at sealing: the age
 //!            3   31..0 when it was sealed, in seconds of the host's running · 32 cold: compressed again ·
 //!                33 raw: what does not compress · 34 read since the mover last looked ·
-//!                36..35 where its pages may lie: 0 anywhere, 1 in memory, 2 below
+//!                36..35 where its pages may lie: 0 anywhere, 1 in memory, 2 below ·
+//!                39..37 the dictionary that every zstd record of a single page in it was made with, 0: none
 //! ```
 //! States: free → open → sealed → retired → free, and sealed ↔ cleaning. Live bytes are added
 //! before the slot that names them is committed and taken off after the slot that named them was
@@ -37,6 +38,10 @@ const RAW: u64 = 1 << 33;
 const READ: u64 = 1 << 34;
 const PLACEMENT_SHIFT: u32 = 35;
 const PLACEMENT: u64 = 3 << PLACEMENT_SHIFT;
+const DICTIONARY_SHIFT: u32 = 37;
+const DICTIONARY: u64 = 7 << DICTIONARY_SHIFT;
+/// What of word 3 stays when a segment is sealed.
+const KIND: u64 = COLD | RAW | PLACEMENT | DICTIONARY;
 /// The number in the state's upper half is an extent.
 pub(super) const BELOW: u64 = 1 << 8;
 
@@ -65,6 +70,8 @@ pub(crate) struct Below {
     pub sequence: u64,
     pub used: usize,
     pub cold: bool,
+    /// Number of its dictionary.
+    pub dictionary: u8,
 }
 
 /// What a new segment is for.
@@ -76,6 +83,8 @@ pub(crate) struct Kind {
     pub raw: bool,
     /// Where its pages may lie.
     pub placement: Placement,
+    /// Number of the dictionary that its records of single pages are made with, if zstd makes them.
+    pub dictionary: u8,
 }
 
 /// The segment table, with what is counted over all of it.
@@ -92,6 +101,7 @@ pub(crate) struct Open {
     pub segment: SegmentId,
     pub frame: FrameNo,
     pub used: usize,
+    pub dictionary: u8,
 }
 
 impl Segments {
@@ -114,11 +124,12 @@ impl Segments {
         debug_assert_eq!(e[0].load(Ordering::Relaxed) & STATE, FREE);
         e[1].store(0, Ordering::Relaxed);
         let placement = u64::from(kind.placement.code()) << PLACEMENT_SHIFT;
-        let kind = if kind.cold { COLD } else { 0 } | if kind.raw { RAW } else { 0 } | placement;
-        e[3].store(kind | u64::from(age_s), Ordering::Relaxed);
+        let number = u64::from(kind.dictionary) << DICTIONARY_SHIFT;
+        let bits = if kind.cold { COLD } else { 0 } | if kind.raw { RAW } else { 0 } | placement | number;
+        e[3].store(bits | u64::from(age_s), Ordering::Relaxed);
         crash_point!("open: counts cleared, state still free");
         e[0].store(OPEN | u64::from(frame.0) << 32, Ordering::Release);
-        Some(Open { segment, frame, used: 0 })
+        Some(Open { segment, frame, used: 0, dictionary: kind.dictionary })
     }
 
     /// Where a segment lives. Within an epoch: until it ends, a frame that is found here stays what it is.
@@ -136,8 +147,9 @@ impl Segments {
             return None;
         }
         let (counts, sequence) = (e[1].load(Ordering::Relaxed), e[2].load(Ordering::Relaxed));
-        let cold = e[3].load(Ordering::Relaxed) & COLD != 0;
-        Some(Below { extent, sequence, used: (counts >> USED_SHIFT) as usize, cold })
+        let kind = e[3].load(Ordering::Relaxed);
+        let (cold, dictionary) = (kind & COLD != 0, dictionary_of(kind));
+        Some(Below { extent, sequence, used: (counts >> USED_SHIFT) as usize, cold, dictionary })
     }
 
     /// Notes that a page of it was read, for the mover.
@@ -164,6 +176,11 @@ impl Segments {
         Placement::of(((word & PLACEMENT) >> PLACEMENT_SHIFT) as u8)
     }
 
+    /// The number of the dictionary that a segment's records of single pages were made with, as far as zstd made them.
+    pub fn dictionary(&self, arena: &Arena, s: SegmentId) -> u8 {
+        dictionary_of(arena.segment_entry(s)[3].load(Ordering::Relaxed))
+    }
+
     /// Moves a claimed segment, whose records were written there, to an extent. Its frame may be used
     /// again after a grace period.
     pub fn move_below(&self, arena: &Arena, s: SegmentId, to: ExtentNo) {
@@ -188,7 +205,7 @@ impl Segments {
     /// `age_s`: when its content was written, in seconds of the host's running.
     pub fn seal(&self, arena: &Arena, open: Open, age_s: u32) -> bool {
         let e = arena.segment_entry(open.segment);
-        e[3].store(e[3].load(Ordering::Relaxed) & (COLD | RAW | PLACEMENT) | u64::from(age_s), Ordering::Relaxed);
+        e[3].store(e[3].load(Ordering::Relaxed) & KIND | u64::from(age_s), Ordering::Relaxed);
         e[2].store(self.sequence.fetch_add(1, Ordering::Relaxed), Ordering::Relaxed);
         crash_point!("seal: sequence stored");
         e[1].fetch_add((open.used as u64) << USED_SHIFT, Ordering::AcqRel);
@@ -225,7 +242,8 @@ impl Segments {
     /// Claims a sealed segment in memory, to clean it or to move it.
     pub fn begin_cleaning(&self, arena: &Arena, s: SegmentId) -> Option<Open> {
         let (state, used) = self.claim(arena, s, 0)?;
-        Some(Open { segment: s, frame: FrameNo((state >> 32) as u32), used })
+        let dictionary = self.dictionary(arena, s);
+        Some(Open { segment: s, frame: FrameNo((state >> 32) as u32), used, dictionary })
     }
 
     /// Claims a sealed segment below, to clean it.
@@ -340,6 +358,11 @@ impl Segments {
         let left = arena.segment_bytes().checked_sub(offset)?;
         record_of(|n| (n <= left).then(|| arena.record_bytes(frame, offset, n)))
     }
+}
+
+/// The number that an entry's last word has.
+pub(super) fn dictionary_of(word: u64) -> u8 {
+    ((word & DICTIONARY) >> DICTIONARY_SHIFT) as u8
 }
 
 /// The record that begins where `bytes` begins; `bytes` gives that many, or None if there are not.

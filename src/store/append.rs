@@ -50,7 +50,8 @@ impl Appended {
 /// What came of appending.
 pub(super) enum Outcome {
     Done(Appended),
-    /// The run does not compress as one record: append its pages alone.
+    /// The run does not compress as one record: append its pages alone. Of a record that is to be copied: the segment has
+    /// another dictionary, so its page is to be compressed anew.
     Split,
     /// No free frame at this moment.
     NoRoom,
@@ -65,6 +66,10 @@ pub(super) struct Appender {
     keep: u32,
     /// What it writes is cold.
     cold: bool,
+    /// Single pages that it compresses by zstd are compressed with a dictionary, if there is one.
+    uses_dictionaries: bool,
+    /// Pages compressed with one since a segment was sealed last.
+    with_dictionary: u64,
     /// Where what it writes may lie.
     placement: Placement,
     /// When what it writes was first written; None: now.
@@ -73,17 +78,30 @@ pub(super) struct Appender {
 
 impl Appender {
     pub fn new(shared: &Shared, keep: u32) -> Appender {
-        Appender::with(shared, Codec::new(shared.config.codec, shared.seen().codecs), keep)
+        let codec = Codec::new(shared.config.codec, shared.seen().codecs);
+        let uses_dictionaries = shared.config.dict_bytes > 0;
+        Appender { uses_dictionaries, ..Appender::with(shared, codec, keep) }
     }
 
     /// One that compresses pages again, by `codec`. It leaves to the cleaner what that needs.
     pub fn cold(shared: &Shared, codec: Codec) -> Appender {
-        Appender { cold: true, ..Appender::with(shared, codec, KEEP_FOR_CLEANER) }
+        let uses_dictionaries = shared.config.cold.is_some_and(|cold| cold.dict_bytes > 0);
+        Appender { cold: true, uses_dictionaries, ..Appender::with(shared, codec, KEEP_FOR_CLEANER) }
     }
 
     fn with(shared: &Shared, codec: Codec, keep: u32) -> Appender {
         let scratch = vec![0xa5; shared.seen().group_pages * PAGE_BYTES].into_boxed_slice();
-        Appender { codec, open: [None; 2], scratch, keep, cold: false, placement: Placement::Anywhere, age_s: None }
+        Appender {
+            codec,
+            open: [None; 2],
+            scratch,
+            keep,
+            cold: false,
+            uses_dictionaries: false,
+            with_dictionary: 0,
+            placement: Placement::Anywhere,
+            age_s: None,
+        }
     }
 
     /// For records that may be longer from here on, or of another codec. Its scratch is exchanged for a longer one.
@@ -102,7 +120,11 @@ impl Appender {
         }
     }
 
-    fn seal(&self, s: &Shared, open: Open) -> bool {
+    fn seal(&mut self, s: &Shared, open: Open) -> bool {
+        if self.with_dictionary > 0 {
+            let pages = std::mem::take(&mut self.with_dictionary);
+            s.dictionaries.pages.fetch_add(pages, Ordering::Relaxed);
+        }
         s.segments.seal(&s.arena, open, self.age_s(s))
     }
 
@@ -119,15 +141,23 @@ impl Appender {
         let Some(open) = self.room(s, Stream::Compressed, header_bytes + 1) else { return Outcome::NoRoom };
         let left = s.arena.segment_bytes() - open.used;
         let header = |(codec, payload)| Header { page: first, volume: v, pages, codec, payload };
+        // A group is made without one: it has enough to refer to in itself (docs/BENCHMARKS.md).
+        let number = if pages == 1 { open.dictionary } else { 0 };
+        let with = s.dictionaries.of(number).expect("the dictionary of an open segment is in use");
+        self.with_dictionary += u64::from(with.is_some());
         if left >= header_bytes + most {
             // The usual case: compress to where it stays.
             let tail = s.arena.open_tail(open.frame, open.used, header_bytes + most);
-            if let Some(packed) = self.codec.compress(plain, &mut tail[header_bytes..]) {
+            if let Some(packed) = self.codec.compress(plain, &mut tail[header_bytes..], with) {
                 return Outcome::Done(self.commit_tail(s, Stream::Compressed, open, header(packed)));
             }
-        } else if let Some(packed) = self.codec.compress(plain, &mut self.scratch[..most]) {
+        } else if let Some(packed) = self.codec.compress(plain, &mut self.scratch[..most], with) {
             let header = header(packed);
             let Some(open) = self.room(s, Stream::Compressed, header.total()) else { return Outcome::NoRoom };
+            if needs(&header) && open.dictionary != number {
+                // That is a new one, of a new dictionary, with room for whatever comes of it.
+                return self.pages(s, v, first, plain);
+            }
             payload_to(&s.arena, open, &header).copy_from_slice(&self.scratch[..header.payload]);
             return Outcome::Done(self.commit_tail(s, Stream::Compressed, open, header));
         }
@@ -143,8 +173,14 @@ impl Appender {
         self.payload(s, Stream::Compressed, header, &pattern.to_le_bytes())
     }
 
-    /// Appends a record that exists already, as it is.
-    pub fn copy(&mut self, s: &Shared, header: Header, record: &[u8]) -> Outcome {
+    /// Appends a record that exists already, as it is. `dictionary`: that of its segment.
+    pub fn copy(&mut self, s: &Shared, header: Header, record: &[u8], dictionary: u8) -> Outcome {
+        if needs(&header) {
+            let Some(open) = self.room(s, Stream::Compressed, header.total()) else { return Outcome::NoRoom };
+            if open.dictionary != dictionary {
+                return Outcome::Split;
+            }
+        }
         let stream = if header.codec == codec::RAW { Stream::Raw } else { Stream::Compressed };
         self.payload(s, stream, header, &record[header.bytes()..])
     }
@@ -177,7 +213,8 @@ impl Appender {
                 s.wake_cleaner();
             }
         }
-        let kind = Kind { cold: self.cold, raw: matches!(stream, Stream::Raw), placement: self.placement };
+        let dictionary = self.dictionary(s, stream);
+        let kind = Kind { cold: self.cold, raw: matches!(stream, Stream::Raw), placement: self.placement, dictionary };
         let opened = s.segments.open(&s.arena, self.keep, kind, self.age_s(s));
         let place = &mut self.open[stream as usize];
         *place = opened;
@@ -192,6 +229,20 @@ impl Appender {
         *place
     }
 
+    /// What a segment that is opened now has for its single pages.
+    fn dictionary(&self, s: &Shared, stream: Stream) -> u8 {
+        if !self.uses_dictionaries || matches!(stream, Stream::Raw) {
+            return 0;
+        }
+        let number = s.dictionaries.current();
+        let taken = s.dictionaries.get(number).is_some_and(|one| self.codec.takes(&one.dictionary));
+        if taken {
+            number
+        } else {
+            0
+        }
+    }
+
     /// Seals what is open: nothing more comes.
     pub fn close(&mut self, s: &Shared) {
         for open in std::mem::take(&mut self.open).into_iter().flatten() {
@@ -199,6 +250,11 @@ impl Appender {
         }
         s.wake_cleaner();
     }
+}
+
+/// Whether a record can be read only with the dictionary, or without one, that its segment has.
+fn needs(header: &Header) -> bool {
+    header.pages == 1 && header.codec == codec::ZSTD
 }
 
 fn payload_to<'a>(arena: &'a Arena, open: Open, header: &Header) -> &'a mut [u8] {

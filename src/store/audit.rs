@@ -97,7 +97,11 @@ fn memory(s: &Shared, there: &Residency, nodes: u64, wrong: &mut String) {
     same(wrong, "frames resident", held_frames, u64::from(there.frames.count()));
     same(wrong, "frames torn", 0, u64::from(there.torn.count()));
     same(wrong, "segment ids", u64::from(known), used + u64::from(s.arena.ids_ready()));
-    let waiting = u64::from(s.map.waiting(&s.arena));
-    same(wrong, "metadata used, retired and ready", nodes + waiting + u64::from(s.arena.meta_ready()), held_meta);
+    let unknown = (0..known).map(SegmentId).filter(|id| s.segments.in_use(&s.arena, *id).is_some());
+    let unknown = unknown.filter(|id| s.dictionaries.of(s.segments.dictionary(&s.arena, *id)).is_none()).count();
+    same(wrong, "segments whose dictionary is not there", 0, unknown as u64);
+    let waiting = u64::from(s.map.waiting(&s.arena)) + s.arena.dictionary_pages() as u64;
+    let ready = u64::from(s.arena.meta_ready());
+    same(wrong, "metadata used, retired, of dictionaries and ready", nodes + waiting + ready, held_meta);
     same(wrong, "metadata resident", held_meta, u64::from(there.meta.count()));
 }

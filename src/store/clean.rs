@@ -6,6 +6,7 @@
 use super::append::Appender;
 use super::recompress::{due, Recompressor};
 use super::survivors::Copier;
+use super::train::Trainer;
 use super::{grow, Shared};
 use crate::arena::Spare;
 use crate::log::policy::{cleaning, gain, rest_after, worth, Candidate, Cleaning};
@@ -30,6 +31,7 @@ pub(super) struct Cleaner {
     /// Made at once where there is something cold, otherwise when something is due for it; and not before the host
     /// can spare the memory.
     recompressor: Option<Recompressor>,
+    trainer: Trainer,
     spare: Spare,
     /// None: whoever takes the steps decides when.
     rest_until: Option<Instant>,
@@ -42,6 +44,7 @@ impl Cleaner {
             copier,
             victims: Vec::with_capacity(BATCH + 1),
             recompressor: None,
+            trainer: Trainer::new(&shared),
             spare,
             rest_until: None,
             shared,
@@ -76,7 +79,22 @@ impl Cleaner {
         // Making room comes first.
         let more = (how != Cleaning::Urgent || !cleaned) && self.compress_again();
         self.release();
-        cleaned || more
+        let old = shared.retire_dictionaries();
+        if let (Cleaning::Rest | Cleaning::Tidy, Some(id)) = (how, old) {
+            // One at a time: nobody waits for it.
+            self.clean_one(id);
+        }
+        let learned = how != Cleaning::Urgent && !more && self.trainer.step(&shared, &mut self.spare);
+        cleaned || more || learned
+    }
+
+    /// As a test wants it. True: there is one more.
+    #[cfg(feature = "crash-points")]
+    pub fn train_now(&mut self) -> bool {
+        let shared = self.shared.clone();
+        let before = shared.dictionaries.trained.load(Ordering::Relaxed);
+        shared.dictionaries.train_now.store(true, Ordering::Relaxed);
+        self.trainer.step(&shared, &mut self.spare) && shared.dictionaries.trained.load(Ordering::Relaxed) > before
     }
 
     /// Compresses a segment again, if one is due. True: and there is more to do at once.
@@ -180,31 +198,36 @@ impl Cleaner {
     fn clean(&mut self) {
         for i in 0..self.victims.len() {
             let id = self.victims[i].1;
-            let shared = self.shared.clone();
-            let Some(victim) = shared.segments.begin_cleaning(&shared.arena, id) else { continue };
-            let (age_s, cold) = shared.segments.past(&shared.arena, id);
-            if cold {
-                self.recompressor();
-            }
-            let room = match &mut self.recompressor {
-                // What is cold stays so: its survivors go to its own stream.
-                Some(own) if cold => {
-                    std::mem::swap(&mut self.copier.appender, &mut own.appender);
-                    let room = move_survivors(&mut self.copier, &shared, victim, age_s);
-                    std::mem::swap(&mut self.copier.appender, &mut own.appender);
-                    room
-                }
-                _ => move_survivors(&mut self.copier, &shared, victim, age_s),
-            };
-            shared.segments.end_cleaning(&shared.arena, id);
-            if !room {
+            if !self.clean_one(id) {
                 return;
             }
-            shared.cleaned.fetch_add(1, Ordering::Relaxed);
-            if shared.arena.frames_ready() < 4 {
+            if self.shared.arena.frames_ready() < 4 {
                 self.release();
             }
         }
+    }
+
+    /// False: no room for what is live of it.
+    fn clean_one(&mut self, id: SegmentId) -> bool {
+        let shared = self.shared.clone();
+        let Some(victim) = shared.segments.begin_cleaning(&shared.arena, id) else { return true };
+        let (age_s, cold) = shared.segments.past(&shared.arena, id);
+        if cold {
+            self.recompressor();
+        }
+        let room = match &mut self.recompressor {
+            // What is cold stays so: its survivors go to its own stream.
+            Some(own) if cold => {
+                std::mem::swap(&mut self.copier.appender, &mut own.appender);
+                let room = move_survivors(&mut self.copier, &shared, victim, age_s);
+                std::mem::swap(&mut self.copier.appender, &mut own.appender);
+                room
+            }
+            _ => move_survivors(&mut self.copier, &shared, victim, age_s),
+        };
+        shared.segments.end_cleaning(&shared.arena, id);
+        shared.cleaned.fetch_add(room.into(), Ordering::Relaxed);
+        room
     }
 }
 

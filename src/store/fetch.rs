@@ -43,6 +43,8 @@ pub struct Fetch {
     word: Slot,
     stored: Stored,
     below: Below,
+    /// Of its dictionary, 0: none. Another may have its number by the time that the blocks are there.
+    serial: u32,
     first_block: usize,
 }
 
@@ -137,7 +139,9 @@ impl Lane {
             match record_of(|n| rest.get(..n)) {
                 Some((header, record)) => {
                     let out = &mut buf[done..done + n];
-                    self.decode_fetched(fetch, page, at, (header, record), (inner, out))?;
+                    if !self.decode_fetched(fetch, page, at, (header, record), (inner, out))? {
+                        break;
+                    }
                     done += n;
                 }
                 None if done == 0 => return self.longer(fetch, rest).map(Taken::More),
@@ -160,12 +164,13 @@ impl Lane {
     /// The content of a page that lies in what was fetched for another. None: it does not. Within an epoch.
     pub(super) fn take_kept(&mut self, s: &Shared, page: PageNo, at: Stored, out: &mut [u8]) -> Option<Result<()>> {
         let (lower, below) = (s.lower.as_ref()?, s.segments.below(&s.arena, at.segment)?);
+        let with = s.dictionaries.of(below.dictionary)?;
         let mut kept = self.kept.take()?;
         let found = kept.find(at.segment, below.sequence, at.offset as usize);
         let record = found.and_then(|(run, rest)| Some((run, record_of(|n| rest.get(..n))?)));
-        let taken = record.map(|(run, (header, record))| {
-            let done = self.decode_record(page, at, header, record, Some(below.sequence), out);
-            (run, done)
+        let taken = record.map(|(run, record)| {
+            let sealed = Some(below.sequence);
+            (run, self.decode_record(page, at, record, sealed, with, out))
         });
         let done = taken.map(|(run, done)| {
             kept.was_of_use(run);
@@ -195,22 +200,32 @@ impl Lane {
         Err(Error::Corrupt { page: fetch.page.0, segment: segment.0, offset })
     }
 
+    /// False: its dictionary is gone, and so its segment, and the page is elsewhere by now.
     fn decode_fetched(
         &mut self,
         fetch: &Fetch,
         page: PageNo,
         at: Stored,
-        (header, record): (Header, &[u8]),
+        record: (Header, &[u8]),
         (inner, out): (usize, &mut [u8]),
-    ) -> Result<()> {
-        let sealed = Some(fetch.below.sequence);
-        if out.len() == PAGE_BYTES {
-            return self.decode_record(page, at, header, record, sealed, out);
-        }
+    ) -> Result<bool> {
         let mut whole = [0u8; PAGE_BYTES];
-        self.decode_record(page, at, header, record, sealed, &mut whole)?;
-        out.copy_from_slice(&whole[inner..inner + out.len()]);
-        Ok(())
+        let target = if out.len() == PAGE_BYTES { &mut *out } else { &mut whole };
+        let sealed = Some(fetch.below.sequence);
+        let there = if fetch.serial == 0 {
+            self.decode_record(page, at, record, sealed, None, target).map(|()| true)
+        } else {
+            self.in_epoch(|lane, s| match s.dictionaries.get(fetch.below.dictionary) {
+                Some(one) if one.serial == fetch.serial => {
+                    lane.decode_record(page, at, record, sealed, Some(&one.dictionary), target).map(|()| true)
+                }
+                _ => Ok(false),
+            })
+        }?;
+        if out.len() != PAGE_BYTES {
+            out.copy_from_slice(&whole[inner..inner + out.len()]);
+        }
+        Ok(there)
     }
 
     /// The fetch for a record of which the first one had the header, and not all.
@@ -233,6 +248,7 @@ impl Lane {
         let corrupt = || Error::Corrupt { page: page.0, segment: at.segment.0, offset: at.offset };
         let lower = s.lower.as_ref().ok_or_else(corrupt)?;
         let below = s.segments.below(&s.arena, at.segment).ok_or_else(corrupt)?;
+        let named = s.dictionaries.get(below.dictionary);
         // A group's share does not tell how many share; a page alone costs what its record takes.
         let group_pages = if below.cold { s.config.most_group_pages() } else { s.config.group_pages };
         let likely = if group_pages > 1 { (at.share as usize + 1) * group_pages } else { at.share as usize };
@@ -245,6 +261,7 @@ impl Lane {
             word,
             stored: at,
             below,
+            serial: if below.dictionary == 0 { 0 } else { named.ok_or_else(corrupt)?.serial },
             first_block,
         };
         let most = most_bytes(s.config.most_group_pages());

@@ -5,7 +5,7 @@ use super::append::{kept_by_lanes, Appender, Outcome};
 use super::fetch::{most_bytes, piece, Fetch};
 use super::kept::Kept;
 use super::{Shared, Store};
-use crate::codec::{fill, same_filled};
+use crate::codec::{fill, same_filled, Dictionary};
 use crate::error::{Error, Result};
 use crate::io::Buffer;
 use crate::log::record::Header;
@@ -311,8 +311,9 @@ impl Lane {
         }
         let record = s.segments.record(&s.arena, frame, at.offset as usize);
         let corrupt = || Error::Corrupt { page: page.0, segment: at.segment.0, offset: at.offset };
-        let (header, record) = record.ok_or_else(corrupt)?;
-        self.decode_record(page, at, header, record, sealed, out).map(|()| None)
+        let record = record.ok_or_else(corrupt)?;
+        let with = s.dictionaries.of(s.segments.dictionary(&s.arena, at.segment)).ok_or_else(corrupt)?;
+        self.decode_record(page, at, record, sealed, with, out).map(|()| None)
     }
 
     /// Whether the group that was decoded last is this record.
@@ -326,14 +327,15 @@ impl Lane {
         out.copy_from_slice(&self.group[at.index as usize * PAGE_BYTES..][..PAGE_BYTES]);
     }
 
-    /// Decodes a page's record, which is that of a segment sealed with that number (None: open).
+    /// Decodes a page's record, which is that of a segment sealed with that number (None: open) and with that dictionary
+    /// for single pages.
     pub(super) fn decode_record(
         &mut self,
         page: PageNo,
         at: Stored,
-        header: Header,
-        record: &[u8],
+        (header, record): (Header, &[u8]),
         sealed: Option<u64>,
+        with: Option<&Dictionary>,
         out: &mut [u8],
     ) -> Result<()> {
         let corrupt = || Error::Corrupt { page: page.0, segment: at.segment.0, offset: at.offset };
@@ -350,13 +352,14 @@ impl Lane {
             s.unpacking.take(self.index, &mut self.appender, &mut self.group);
         }
         if header.pages == 1 {
-            return if self.appender.codec.decompress(header.codec, payload, out) { Ok(()) } else { Err(corrupt()) };
+            let sound = self.appender.codec.decompress(header.codec, payload, out, with);
+            return if sound { Ok(()) } else { Err(corrupt()) };
         }
         let whole = header.pages * PAGE_BYTES;
         if !self.decoded(at, sealed) {
             self.group_of = None;
             let group = self.group.get_mut(..whole).ok_or_else(corrupt)?;
-            if !self.appender.codec.decompress(header.codec, payload, group) {
+            if !self.appender.codec.decompress(header.codec, payload, group, None) {
                 return Err(corrupt());
             }
             self.group_of = Some(Decoded { at, sealed });

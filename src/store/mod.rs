@@ -21,6 +21,7 @@ mod charge;
 mod clean;
 mod cold;
 mod demote;
+mod dictionaries;
 mod fetch;
 mod grow;
 mod kept;
@@ -36,6 +37,7 @@ mod standby;
 mod steps;
 mod survivors;
 mod tiers;
+mod train;
 
 pub use charge::Held;
 pub use fetch::{Fetch, Taken};
@@ -59,6 +61,7 @@ use crate::volume::Volume;
 use attach::{attach, New};
 use charge::Charges;
 use cold::Unpacking;
+use dictionaries::Dictionaries;
 use recover::Found;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering};
@@ -91,6 +94,7 @@ pub(crate) struct Shared {
     pub lower: Option<Lower>,
     pub epochs: Epochs,
     pub unpacking: Unpacking,
+    pub dictionaries: Dictionaries,
     /// One for each lane, and the last for what was there when the store was opened.
     pub counters: Box<[Counters]>,
     pub charges: Charges,
@@ -153,6 +157,7 @@ impl Shared {
             // The lanes', the cleaner's, the mover's.
             epochs: Epochs::new(config.max_lanes + 2),
             unpacking: Unpacking::new(&config),
+            dictionaries: Dictionaries::new(&config, &found.dictionaries),
             counters,
             charges: Charges::new(&found.held_bytes),
             stop: AtomicBool::new(false),
@@ -433,6 +438,7 @@ impl Store {
                 .map(live)
                 .sum(),
             recompressed_segments: s.recompressed.load(Ordering::Relaxed),
+            dictionaries: s.dictionaries.stats(),
             disk: s.lower.as_ref().map(|lower| demote::stats(s, lower)),
         }
     }
@@ -444,6 +450,16 @@ impl Store {
         s.recompress_all.store(s.config.cold.is_some(), Ordering::Relaxed);
         s.wake_cleaner();
         s.config.cold.is_some()
+    }
+
+    /// Has a dictionary trained from what is stored, however little and whatever there was before; it is taken into use
+    /// if it is better. False: no tier uses any.
+    pub fn train_dictionary(&self) -> bool {
+        let s = self.shared();
+        let used = s.config.most_dict_bytes() > 0;
+        s.dictionaries.train_now.store(used, Ordering::Relaxed);
+        s.wake_cleaner();
+        used
     }
 
     pub(crate) fn shared(&self) -> &Arc<Shared> {

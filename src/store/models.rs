@@ -39,6 +39,7 @@ fn store() -> Store {
         limit_bytes: 0,
         codec: CodecChoice::Lz4,
         group_pages: 1,
+        dict_bytes: 0,
         max_lanes: 3,
         segment_bytes: 32,
         segment_bytes_given: true,
@@ -61,6 +62,7 @@ fn store() -> Store {
         pages: Pages::default(),
         volumes: 1,
         held_bytes: vec![0],
+        dictionaries: Vec::new(),
     };
     let arena = Arena::simulated(config.segment_bytes as usize, FRAMES, META, PAGES * PAGE);
     let shared = Arc::new(Shared::new(config, arena, Map::new(), Segments::new(FRAMES), None, &found));

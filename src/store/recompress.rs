@@ -171,7 +171,7 @@ impl Recompressor {
             let first = self.batch[i];
             let (header, bytes) = record(s, victim, first.stored.offset as usize);
             if header.codec == RAW || header.codec == FILL {
-                let Outcome::Done(copy) = self.appender.copy(s, header, bytes) else { return false };
+                let Outcome::Done(copy) = self.appender.copy(s, header, bytes, victim.dictionary) else { return false };
                 relocate(s, s.cleaner_epoch(), first.volume(), first.page(), first.word, copy.slot(0));
                 i += 1;
                 continue;
@@ -195,6 +195,7 @@ impl Recompressor {
     /// Decodes contiguous compressed pages from the `i`th on, `most` of them. Returns how many.
     fn decode_run(&mut self, s: &Shared, victim: Open, i: usize, most: usize) -> usize {
         let mut run = 0;
+        let with = s.dictionaries.of(victim.dictionary).expect("the dictionary of a claimed segment is in use");
         while run < most && i + run < self.batch.len() {
             let live = self.batch[i + run];
             if live.at != self.batch[i].at + run as u64 || live.volume() != self.batch[i].volume() {
@@ -209,10 +210,10 @@ impl Recompressor {
             let plain = &mut self.plain[run * PAGE_BYTES..(run + 1) * PAGE_BYTES];
             let codec = &mut self.appender.codec;
             let sound = if header.pages == 1 {
-                codec.decompress(header.codec, payload, plain)
+                codec.decompress(header.codec, payload, plain, with)
             } else {
                 let whole = &mut self.group[..header.pages * PAGE_BYTES];
-                let there = self.group_at == Some(offset) || codec.decompress(header.codec, payload, whole);
+                let there = self.group_at == Some(offset) || codec.decompress(header.codec, payload, whole, None);
                 self.group_at = Some(offset);
                 plain.copy_from_slice(&whole[live.stored.index as usize * PAGE_BYTES..][..PAGE_BYTES]);
                 there

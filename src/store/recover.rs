@@ -8,7 +8,8 @@
 //! 1. what is resident is asked of the kernel, and mapped as far as the walk needs it
 //!    (`arena/scan.rs`; growth locks the rest while the store serves already);
 //! 2. live bytes are set to zero (`log/rebuild.rs`);
-//! 3. the maps are walked, thawed and pruned, pages and live bytes counted (`map/rebuild.rs`);
+//! 3. dictionaries are looked at, and the maps are walked, thawed and pruned, pages and live bytes counted
+//!    (`map/rebuild.rs`); pages of a segment whose dictionary is not what was put there are lost;
 //! 4. segments with live bytes are sealed, all others set free;
 //! 5. the tier below is attached, or let go if nothing lies there (`attach.rs`), and its extents noted;
 //! 6. resident memory that nobody reached is free: zeroed if it is metadata, given back if torn.
@@ -19,7 +20,7 @@
 //! as a recovery leaves it that was killed there.
 
 use super::charge::cost;
-use crate::arena::{Arena, Residency, Resident};
+use crate::arena::{Arena, InArena, Residency, Resident, MOST_DICTIONARIES};
 use crate::error::{Error, Result};
 use crate::log::rebuild::Table;
 use crate::log::segment::{Place, Segments};
@@ -60,6 +61,7 @@ pub(super) struct Found {
     pub volumes: usize,
     /// What each of them holds.
     pub held_bytes: Vec<i64>,
+    pub dictionaries: Vec<InArena>,
 }
 
 impl Found {
@@ -72,6 +74,7 @@ impl Found {
             pages: Pages::default(),
             volumes: 0,
             held_bytes: Vec::new(),
+            dictionaries: Vec::new(),
         }
     }
 }
@@ -104,11 +107,14 @@ pub(super) fn recover(
     segments.begin_recount(arena, entries)?;
     let mut pages = Pages::default();
     let mut reached = Reached::new(arena, true);
+    let (dictionaries, damaged) = arena.find_dictionaries(&there.meta, &mut reached.pages);
+    let known = dictionaries.iter().fold(0, |known, one| known | 1 << one.number);
+    let of_dictionaries = reached.pages.count();
     let mut held_bytes = vec![0; volumes.len()];
     for (v, held) in held_bytes.iter_mut().enumerate() {
         walk(arena, VolumeId(v as u16), &there.meta, &mut reached, |word| {
             let known = match word.kind() {
-                Kind::Stored(at) => segments.recount(arena, entries, at.segment, at.offset, at.share),
+                Kind::Stored(at) => segments.recount(arena, entries, at.segment, (at.offset, at.share), known),
                 _ => true,
             };
             let word = if known { word } else { LOST };
@@ -117,11 +123,16 @@ pub(super) fn recover(
             word
         })?;
     }
-    map.nodes.store(u64::from(reached.pages.count()), Ordering::Relaxed);
+    map.nodes.store(u64::from(reached.pages.count() - of_dictionaries), Ordering::Relaxed);
     if pages.lost > 0 {
-        tracing::error!("{} pages are lost: their slots named segments that cannot be", pages.lost);
+        tracing::error!("{} pages are lost: their slots named segments that cannot be, or be read", pages.lost);
     }
     let table = segments.end_recount(arena, entries)?;
+    // No segment has them any more.
+    for number in (1..=MOST_DICTIONARIES).filter(|number| damaged >> number & 1 == 1) {
+        tracing::error!("dictionary {number} is damaged: pages compressed with it are lost");
+        arena.forget_dictionary(number);
+    }
     crash_point!("recovery: table rebuilt");
     let lower = attach(table.below)?;
     note_extents(arena, segments, &table, lower.as_ref())?;
@@ -139,8 +150,8 @@ pub(super) fn recover(
         arena.drop_torn_frame(FrameNo(f));
     }
     there.meta.descending().filter(|m| !reached.pages.has(*m)).for_each(|m| arena.adopt_meta(MetaNo(m + 1)));
-    let found = Found { frames: there.frames, meta: there.meta, known, pages, volumes: volumes.len(), held_bytes };
-    Ok((found, lower))
+    let (frames, meta, volumes) = (there.frames, there.meta, volumes.len());
+    Ok((Found { frames, meta, known, pages, volumes, held_bytes, dictionaries }, lower))
 }
 
 /// Tells the tier which of its extents are in use.

@@ -12,7 +12,7 @@ use super::kept::RING_BYTES;
 use super::recover::heap_bytes;
 use super::{build, clean, Owner, Store};
 use crate::arena::{host_memory, Arena, Spare, Waiting};
-use crate::codec::Codec;
+use crate::codec::{Codec, Dictionary};
 use crate::config::{Checked, StoreConfig};
 use crate::error::{system, Error, Result};
 use crate::io::Medium;
@@ -43,8 +43,8 @@ pub struct Standby {
     below: Option<(Medium, Tools, Idle)>,
     /// The tier, if the arena does not know it and it was made one already.
     new: Option<New>,
-    /// Segments that a take-over was rehearsed with.
-    rehearsed: usize,
+    /// Segments that a take-over was rehearsed with, and bytes that dictionaries took.
+    rehearsed: (usize, usize),
 }
 
 impl Standby {
@@ -114,9 +114,10 @@ impl Standby {
     pub fn keep_up(&mut self) -> Result<()> {
         // Pages are compressed again by now: reading them takes more. Or the arena was bound to a tier.
         let new = self.new.map_or(0, |new| new.extents);
-        let segments = segments(&self.config, &self.waiting, new);
+        let needs = (segments(&self.config, &self.waiting, new), dictionary_bytes(&self.config, &self.waiting));
         let seen = with(&self.config, self.waiting.seen());
-        if (seen != (self.config.group_pages_seen, self.config.codecs_seen) || segments > self.rehearsed)
+        let more = needs.0 > self.rehearsed.0 || needs.1 > self.rehearsed.1;
+        if (seen != (self.config.group_pages_seen, self.config.codecs_seen) || more)
             && self.spare.bytes() > REHEARSAL_COST
         {
             (self.config.group_pages_seen, self.config.codecs_seen) = seen;
@@ -183,8 +184,16 @@ fn segments(config: &Checked, waiting: &Waiting, extents: u32) -> usize {
     (frames + extents as usize).max(waiting.entries())
 }
 
-/// Takes from the allocator what opening will take, and gives it back: it stays in the heap. Returns `segments`.
-fn rehearse(config: &Checked, waiting: &Waiting, extents: u32) -> usize {
+/// What the arena's dictionaries take when they are made ready, each with what compresses.
+fn dictionary_bytes(config: &Checked, waiting: &Waiting) -> usize {
+    let levels = config.dict_levels();
+    let there = waiting.dictionary_bytes().into_iter().filter(|bytes| *bytes > 0);
+    // They are read from the arena first.
+    there.map(|bytes| bytes.next_multiple_of(PAGE_BYTES) + Dictionary::memory_bytes(bytes, &levels)).sum()
+}
+
+/// Takes from the allocator what opening will take, and gives it back: it stays in the heap. Returns what grows of it.
+fn rehearse(config: &Checked, waiting: &Waiting, extents: u32) -> (usize, usize) {
     // Of each lane and of those who clean, compress again and move: what a record is made in, and what a group is
     // decoded to.
     let room = vec![0xa5u8; (2 * config.max_lanes + 7) * config.group_pages_seen * PAGE_BYTES];
@@ -196,9 +205,11 @@ fn rehearse(config: &Checked, waiting: &Waiting, extents: u32) -> usize {
     let [frames, meta] = waiting.sizes().unwrap_or_else(|| Arena::wanted(config));
     let segments = segments(config, waiting, extents);
     let lists = vec![0xa5u8; heap_bytes([frames, segments, meta])];
+    let of_dictionaries = dictionary_bytes(config, waiting);
+    let dictionaries = vec![0xa5u8; of_dictionaries];
     let codecs: Vec<Codec> = (0..=config.max_lanes).map(|_| Codec::new(config.codec, config.codecs_seen)).collect();
-    drop(std::hint::black_box((lists, room, kept, again, codecs)));
-    segments
+    drop(std::hint::black_box((lists, room, kept, again, codecs, dictionaries)));
+    (segments, of_dictionaries)
 }
 
 /// A background thread that was started and has nothing to do yet. It waits for its job at a

@@ -48,6 +48,11 @@ impl Steps {
         self.cleaner.step()
     }
 
+    /// A dictionary trained from what is sealed. True: it was better than none, or than the last.
+    pub fn train(&mut self) -> bool {
+        self.cleaner.train_now()
+    }
+
     /// Seals what the cleaner and the mover have open.
     pub fn close_cleaner(&mut self) {
         self.cleaner.close();

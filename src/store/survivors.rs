@@ -18,13 +18,15 @@ pub(super) struct Copier {
     pub appender: Appender,
     plain: Box<[u8]>,
     epoch: usize,
+    /// Dictionary of the victim.
+    dictionary: u8,
 }
 
 impl Copier {
     /// `epoch`: that of the thread.
     pub fn new(shared: &Shared, appender: Appender, epoch: usize) -> Copier {
         let plain = vec![0xa5; shared.seen().group_pages * PAGE_BYTES].into_boxed_slice();
-        Copier { appender, plain, epoch }
+        Copier { appender, plain, epoch, dictionary: 0 }
     }
 
     /// For records of another codec and of more pages.
@@ -44,6 +46,7 @@ impl Copier {
     ) -> bool {
         self.appender.age_s = Some(age_s);
         self.appender.place(s, s.segments.placement(&s.arena, victim));
+        self.dictionary = s.segments.dictionary(&s.arena, victim);
         let mut at = 0;
         while at < used {
             let (header, record) = record(at).expect("a sealed segment is records from end to end");
@@ -68,18 +71,26 @@ impl Copier {
             return true;
         }
         if count == header.pages {
-            let Outcome::Done(copy) = self.appender.copy(s, header, record) else { return false };
-            (0..header.pages)
-                .for_each(|i| relocate(s, self.epoch, header.volume, page(header, i), word(i), copy.slot(i)));
-            return true;
+            match self.appender.copy(s, header, record, self.dictionary) {
+                Outcome::Done(copy) => {
+                    (0..header.pages)
+                        .for_each(|i| relocate(s, self.epoch, header.volume, page(header, i), word(i), copy.slot(i)));
+                    return true;
+                }
+                Outcome::NoRoom => return false,
+                // A page that was made with a dictionary, or without, and now goes where there is another.
+                Outcome::Split => {}
+            }
         }
         // A group of which some pages died: the rest is compressed anew.
         let whole = header.pages * PAGE_BYTES;
-        if whole > self.plain.len() {
+        if whole > self.plain.len() || !self.appender.codec.knows(header.codec) {
             self.equip(s);
         }
+        let number = if header.pages == 1 { self.dictionary } else { 0 };
+        let with = s.dictionaries.of(number).expect("the dictionary of a segment that is claimed is in use");
         let mut plain = std::mem::take(&mut self.plain);
-        let sound = self.appender.codec.decompress(header.codec, &record[header.bytes()..], &mut plain[..whole]);
+        let sound = self.appender.codec.decompress(header.codec, &record[header.bytes()..], &mut plain[..whole], with);
         assert!(sound, "a record in memory decodes: segment {} offset {offset}", victim.0);
         let moved = self.move_rest(s, header, &live, &plain[..whole], word);
         self.plain = plain;

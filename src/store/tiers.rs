@@ -36,7 +36,7 @@ impl Store {
         let c = &s.config;
         let ram = TierStats {
             name: "ram",
-            what: format!("{},{}", packing(c.codec, c.group_pages), s.marks()),
+            what: format!("{},{}", packing(c.codec, c.group_pages, c.dict_bytes), s.marks()),
             limit_bytes: s.hot_limit(),
             held_bytes: s.held_bytes().saturating_sub(cold_segments * segment),
             live_bytes: live[0],
@@ -44,7 +44,10 @@ impl Store {
         };
         let cold = c.cold.map(|cold| TierStats {
             name: "cold",
-            what: format!("{},idle={}s,cpu={}%", packing(cold.codec, cold.group_pages), s.idle_s(), s.cpu_percent()),
+            what: {
+                let how = packing(cold.codec, cold.group_pages, cold.dict_bytes);
+                format!("{how},idle={}s,cpu={}%", s.idle_s(), s.cpu_percent())
+            },
             // Of its own, or what the first tier leaves it.
             limit_bytes: match s.own_limit.load(Ordering::Relaxed) {
                 0 => s.limit_bytes(),
@@ -241,8 +244,9 @@ fn pair_of(marks: Marks) -> u32 {
 }
 
 /// In the words of `--tier`.
-fn packing(codec: CodecChoice, group_pages: usize) -> String {
-    format!("codec={codec},group={}K", group_pages * crate::PAGE_BYTES / 1024)
+fn packing(codec: CodecChoice, group_pages: usize, dict_bytes: usize) -> String {
+    let dict = if dict_bytes > 0 { format!(",dict={}K", dict_bytes / 1024) } else { String::new() };
+    format!("codec={codec},group={}K{dict}", group_pages * crate::PAGE_BYTES / 1024)
 }
 
 /// What the limit cannot be below: with what is live in memory, less what may go down.

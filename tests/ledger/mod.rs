@@ -44,12 +44,21 @@ pub fn content(page: u64, version: u64, out: &mut [u8]) {
             out.chunks_mut(8).for_each(|c| c.copy_from_slice(&p));
         }
         3 | 4 => out.chunks_mut(8).for_each(|c| c.copy_from_slice(&rng.next().to_le_bytes())),
+        kind @ (14 | 15) => words((version >> 33) % 4 * 2 + kind % 2, &mut rng, out),
         kind => {
             let (step, salt) = (rng.below(61) + 1, rng.next());
             out.iter_mut().enumerate().for_each(|(i, b)| *b = ((i as u64 / step) ^ salt) as u8);
             let noisy = out.len() * (kind as usize - 3) / 26;
             out[..noisy].chunks_mut(8).for_each(|c| c.copy_from_slice(&rng.next().to_le_bytes()[..c.len()]));
         }
+    }
+}
+
+/// Words of a vocabulary, each page with others of them: what a dictionary is good for.
+pub fn words(vocabulary: u64, rng: &mut Rng, out: &mut [u8]) {
+    for word in out.chunks_mut(32) {
+        let mut letters = Rng((vocabulary << 8 | rng.below(128)).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+        word.iter_mut().for_each(|b| *b = b'a' + letters.below(26) as u8);
     }
 }
 

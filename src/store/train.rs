@@ -1,0 +1,176 @@
+//! Training dictionaries from what is stored.
+//!
+//! Story of one: pages are taken from segments in memory, spread over all of them, each segment claimed as for cleaning
+//! while it is looked at; four in five are learned from, the fifth is to judge by: it must be worth having there
+//! (`log/policy.rs`, `is_better`), or it is thrown away. Then it is taken into use (`dictionaries.rs`).
+//!
+//! This is done by the cleaner's thread when nothing waits for it, with memory that the host can spare at that moment and
+//! that goes back to it afterwards, and no more often than the share of a processor allows that compressing again has.
+//! Some tens of milliseconds each.
+//!
+//! What a dictionary has learned stays in the arena until no page needs it: pieces of pages that may have been discarded
+//! meanwhile.
+
+use super::{grow, Shared};
+use crate::arena::Spare;
+use crate::codec::{most_payload, train, Codec, Dictionary, TRAINING_BYTES, ZSTD};
+use crate::config::{CodecChoice, CPU_PERCENT};
+use crate::log::policy::{is_better, rest_after, training, Lesson, Trial};
+use crate::log::record::MAX_GROUP;
+use crate::log::segment::Open;
+use crate::page::{SegmentId, PAGE_BYTES};
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+/// Pages taken at most, and fewer than which nothing is learned from.
+const SAMPLES: usize = 640;
+const LEAST_SAMPLES: usize = 60;
+/// One in so many is to judge by.
+const JUDGES: usize = 5;
+
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// What is remembered from one training to the next.
+pub(super) struct Trainer {
+    /// When the last one was, or this store was opened, and the number that segments were sealed with then.
+    last: Option<(Instant, u64)>,
+    rest_until: Option<Instant>,
+}
+
+impl Trainer {
+    pub fn new(s: &Shared) -> Trainer {
+        // The one that is there already is as good as one just trained.
+        let has_one = s.dictionaries.current() != 0;
+        Trainer { last: has_one.then(|| (Instant::now(), s.segments.next_sequence())), rest_until: None }
+    }
+
+    /// Trains one, if it is time to. True: it did, be it better or not.
+    pub fn step(&mut self, s: &Shared, spare: &mut Spare) -> bool {
+        if s.config.most_dict_bytes() == 0 {
+            return false;
+        }
+        let by_hand = s.dictionaries.train_now.load(Ordering::Relaxed);
+        let begun = Instant::now();
+        if !by_hand && self.rest_until.is_some_and(|until| begun < until) {
+            return false;
+        }
+        // To look at all segments once a second is enough.
+        self.rest_until = Some(begun + LOOK_EVERY);
+        if !by_hand && !training(&self.lesson(s, begun)) || s.dictionaries.free_number().is_none() {
+            return false;
+        }
+        if spare.bytes() < cost(s) {
+            return false;
+        }
+        s.dictionaries.train_now.store(false, Ordering::Relaxed);
+        self.last = Some((begun, s.segments.next_sequence()));
+        if !learn(s) {
+            s.dictionaries.refused.fetch_add(1, Ordering::Relaxed);
+        }
+        let percent = if s.config.cold.is_some() { s.cpu_percent() } else { CPU_PERCENT };
+        let now = Instant::now();
+        self.rest_until = Some(now + rest_after(now - begun, percent).max(LOOK_EVERY));
+        true
+    }
+
+    fn lesson(&self, s: &Shared, now: Instant) -> Lesson {
+        let segment_bytes = s.arena.segment_bytes() as u64;
+        Lesson {
+            stored_bytes: eligible(s).map(|(_, live)| u64::from(live)).sum(),
+            since: self.last.map(|(then, sequence)| {
+                let sealed = s.segments.next_sequence().saturating_sub(sequence);
+                ((now - then).as_secs(), sealed * segment_bytes)
+            }),
+        }
+    }
+}
+
+/// Memory that one takes while it is trained, and after: of the latter what is made of it is a part.
+fn cost(s: &Shared) -> u64 {
+    let dictionary = Dictionary::memory_bytes(s.config.most_dict_bytes(), &s.config.dict_levels());
+    ((SAMPLES + MAX_GROUP) * PAGE_BYTES + 2 * dictionary) as u64 + TRAINING_BYTES
+}
+
+/// Segments that can be learned from, and what is live of them.
+fn eligible(s: &Shared) -> impl Iterator<Item = (SegmentId, u32)> + '_ {
+    (0..grow::known_segments(s)).map(SegmentId).filter_map(|id| {
+        let (live, _, _) = s.segments.sealed(&s.arena, id)?;
+        (live > 0 && !s.segments.is_raw(&s.arena, id)).then_some((id, live))
+    })
+}
+
+/// False: nothing came of it.
+fn learn(s: &Shared) -> bool {
+    let levels = s.config.dict_levels();
+    let Some(&level) = levels.first() else { return false };
+    let mut codec = Codec::new(CodecChoice::Zstd(level), 0);
+    let pages = samples(s, &mut codec);
+    if pages.len() < LEAST_SAMPLES * PAGE_BYTES {
+        return false;
+    }
+    let (mut known, mut judges) =
+        (Vec::with_capacity(pages.len()), Vec::with_capacity(pages.len() / JUDGES + PAGE_BYTES));
+    for (i, page) in pages.chunks_exact(PAGE_BYTES).enumerate() {
+        if i % JUDGES == 0 { &mut judges } else { &mut known }.extend_from_slice(page);
+    }
+    drop(pages);
+    let Some(bytes) = train(&known, s.config.most_dict_bytes(), level) else { return false };
+    let Some(dictionary) = Dictionary::new(&bytes, &levels) else { return false };
+    let now = s.dictionaries.get(s.dictionaries.current()).map(|one| &one.dictionary);
+    let trial = Trial {
+        without: compressed(&mut codec, &judges, None),
+        now: now.filter(|now| codec.takes(now)).map(|now| compressed(&mut codec, &judges, Some(now))),
+        new: compressed(&mut codec, &judges, Some(&dictionary)),
+    };
+    is_better(&trial) && s.take_up(bytes, dictionary)
+}
+
+/// What pages take, each alone.
+fn compressed(codec: &mut Codec, pages: &[u8], with: Option<&Dictionary>) -> u64 {
+    let mut packed = [0; PAGE_BYTES];
+    let most = most_payload(PAGE_BYTES);
+    let one = |page| codec.compress(page, &mut packed[..most], with).map_or(PAGE_BYTES, |(_, n)| n) as u64;
+    pages.chunks_exact(PAGE_BYTES).map(one).sum()
+}
+
+/// Pages of what compresses, as many of each segment.
+fn samples(s: &Shared, codec: &mut Codec) -> Vec<u8> {
+    let mut pages = Vec::with_capacity(SAMPLES * PAGE_BYTES);
+    let mut group = vec![0; MAX_GROUP * PAGE_BYTES];
+    let count = eligible(s).count();
+    if count == 0 {
+        return pages;
+    }
+    // Of many segments a part, of few of each one several.
+    let (every, each) = (count.div_ceil(SAMPLES), SAMPLES.div_ceil(count));
+    let chosen: Vec<SegmentId> = eligible(s).step_by(every).map(|(id, _)| id).collect();
+    for id in chosen {
+        let Some(open) = s.segments.begin_cleaning(&s.arena, id) else { continue };
+        sample(s, open, each, codec, &mut group, &mut pages);
+        s.segments.end_cleaning(&s.arena, id);
+    }
+    pages
+}
+
+/// Adds `each` pages of a claimed segment, be they live or not, as far as there is room.
+fn sample(s: &Shared, open: Open, each: usize, codec: &mut Codec, group: &mut [u8], pages: &mut Vec<u8>) {
+    let records = || {
+        let mut at = 0;
+        std::iter::from_fn(move || {
+            let record = (at < open.used).then(|| s.segments.record(&s.arena, open.frame, at)).flatten()?;
+            at += record.0.total();
+            Some(record)
+        })
+    };
+    let packed = || records().filter(|(header, _)| header.codec == ZSTD || header.codec == crate::codec::LZ4);
+    let every = (packed().count() / each).max(1);
+    let with = s.dictionaries.of(open.dictionary).expect("the dictionary of a claimed segment is in use");
+    for (header, record) in packed().step_by(every).take(each) {
+        let whole = &mut group[..header.pages * PAGE_BYTES];
+        let with = if header.pages == 1 { with } else { None };
+        let sound = codec.decompress(header.codec, &record[header.bytes()..], whole, with);
+        if sound && pages.len() < SAMPLES * PAGE_BYTES {
+            pages.extend_from_slice(&whole[..PAGE_BYTES]);
+        }
+    }
+}
