@@ -185,7 +185,7 @@ mod tests {
         for (level, bytes) in [(1, 16 << 10), (-1, 4 << 10), (3, 64 << 10), (9, 8 << 10), (19, 64 << 10)] {
             let made = train(known, bytes, level).unwrap();
             assert!((LEAST_BYTES..=bytes).contains(&made.len()), "{}", made.len());
-            let dictionary = Dictionary::new(&made, &[level]).unwrap();
+            let [dictionary, other] = [(); 2].map(|()| Dictionary::new(&made, &[level]).unwrap());
             assert!(dictionary.held_bytes() <= Dictionary::memory_bytes(made.len(), &[level]) + 3 * 8);
             let mut c = Codec::new(CodecChoice::Zstd(level), 0);
             assert!(c.takes(&dictionary) && !Codec::new(CodecChoice::Zstd(2), 0).takes(&dictionary));
@@ -194,6 +194,8 @@ mod tests {
             for page in fresh.chunks_exact(PAGE_BYTES) {
                 // In turn, so that nothing is left of either in the other.
                 for dictionary in [Some(&dictionary), None] {
+                    // Nor of a page that did not fit, and broke off.
+                    assert!(c.compress(page, &mut packed[..64], dictionary.xor(Some(&other))).is_none());
                     let (codec, n) = c.compress(page, &mut packed, dictionary).unwrap();
                     assert!(c.decompress(codec, &packed[..n], &mut plain, dictionary));
                     assert_eq!(plain, page);

@@ -10,9 +10,10 @@ use super::dictionary::{parameters, Dictionary, MOST_BYTES};
 use super::MOST_PAGES;
 use crate::page::PAGE_BYTES;
 use zstd_safe::zstd_sys::{
-    ZSTD_CCtx, ZSTD_CCtx_refCDict, ZSTD_CCtx_setParameter, ZSTD_DCtx, ZSTD_cParameter, ZSTD_compress2,
-    ZSTD_decompressDCtx, ZSTD_decompress_usingDDict, ZSTD_estimateCCtxSize_usingCParams, ZSTD_estimateDCtxSize,
-    ZSTD_getCParams, ZSTD_initStaticCCtx, ZSTD_initStaticDCtx, ZSTD_isError,
+    ZSTD_CCtx, ZSTD_CCtx_refCDict, ZSTD_CCtx_reset, ZSTD_CCtx_setParameter, ZSTD_DCtx, ZSTD_ResetDirective,
+    ZSTD_cParameter, ZSTD_compress2, ZSTD_decompressDCtx, ZSTD_decompress_usingDDict,
+    ZSTD_estimateCCtxSize_usingCParams, ZSTD_estimateDCtxSize, ZSTD_getCParams, ZSTD_initStaticCCtx,
+    ZSTD_initStaticDCtx, ZSTD_isError,
 };
 
 /// The compressor's working memory, with the context at its start.
@@ -79,9 +80,13 @@ impl Zstd {
         if wanted as usize == self.refers_to {
             return;
         }
-        // SAFETY: the context is between two frames, and used by this one thread; what it is given is null or ready,
-        // and there while the caller's reference is: `compress` follows it no later.
-        let set = unsafe { ZSTD_CCtx_refCDict(self.context(), wanted) };
+        // A frame that did not fit is not ended, and within a frame no dictionary is taken.
+        // SAFETY: the context is used by this one thread; what it is given is null or ready, and there while the caller's
+        // reference is: `compress` follows it no later.
+        let set = unsafe {
+            ZSTD_CCtx_reset(self.context(), ZSTD_ResetDirective::ZSTD_reset_session_only);
+            ZSTD_CCtx_refCDict(self.context(), wanted)
+        };
         assert!(!failed(set), "between two frames zstd takes a dictionary");
         self.refers_to = wanted as usize;
     }
