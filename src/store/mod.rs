@@ -443,25 +443,6 @@ impl Store {
         }
     }
 
-    /// Has all that is not cold yet compressed again, whatever its age, as far as it is sealed. False: the
-    /// store has no tier for that.
-    pub fn recompress(&self) -> bool {
-        let s = self.shared();
-        s.recompress_all.store(s.config.cold.is_some(), Ordering::Relaxed);
-        s.wake_cleaner();
-        s.config.cold.is_some()
-    }
-
-    /// Has a dictionary trained from what is stored, however little and whatever there was before; it is taken into use
-    /// if it is better. False: no tier uses any.
-    pub fn train_dictionary(&self) -> bool {
-        let s = self.shared();
-        let used = s.config.most_dict_bytes() > 0;
-        s.dictionaries.train_now.store(used, Ordering::Relaxed);
-        s.wake_cleaner();
-        used
-    }
-
     pub(crate) fn shared(&self) -> &Arc<Shared> {
         &self.owner.shared
     }

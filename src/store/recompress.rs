@@ -12,7 +12,7 @@
 
 use super::append::{Appender, Outcome};
 use super::survivors::{relocate, word_of};
-use super::Shared;
+use super::{Shared, Store};
 use crate::codec::{Codec, FILL, RAW};
 use crate::config::Cold;
 use crate::log::policy::{recompression, Heat, Recompression};
@@ -87,6 +87,17 @@ fn look(s: &Shared) -> Option<(SegmentId, Heat)> {
         idle_s: s.idle_s(),
     };
     Some((id, heat))
+}
+
+impl Store {
+    /// Has all that is not cold yet compressed again, whatever its age, as far as it is sealed. False: the
+    /// store has no tier for that.
+    pub fn recompress(&self) -> bool {
+        let s = self.shared();
+        s.recompress_all.store(s.config.cold.is_some(), Ordering::Relaxed);
+        s.wake_cleaner();
+        s.config.cold.is_some()
+    }
 }
 
 pub(super) struct Recompressor {

@@ -11,7 +11,7 @@
 //! What a dictionary has learned stays in the arena until no page needs it: pieces of pages that may have been discarded
 //! meanwhile.
 
-use super::{grow, Shared};
+use super::{grow, Shared, Store};
 use crate::arena::Spare;
 use crate::codec::{most_payload, train, Codec, Dictionary, TRAINING_BYTES, ZSTD};
 use crate::config::{CodecChoice, CPU_PERCENT};
@@ -29,6 +29,18 @@ const LEAST_SAMPLES: usize = 60;
 const JUDGES: usize = 5;
 
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+impl Store {
+    /// Has a dictionary trained from what is stored, however little and whatever there was before; it is taken into use
+    /// if it is better. False: no tier uses any.
+    pub fn train_dictionary(&self) -> bool {
+        let s = self.shared();
+        let used = s.config.most_dict_bytes() > 0;
+        s.dictionaries.train_now.store(used, Ordering::Relaxed);
+        s.wake_cleaner();
+        used
+    }
+}
 
 /// What is remembered from one training to the next.
 pub(super) struct Trainer {
