@@ -54,22 +54,32 @@ impl Listener {
 }
 
 pub fn unix(path: &Path) -> Result<Listener> {
-    remove_stale(path)?;
-    let place = || format!("cannot listen at {}", path.display());
-    let socket = Socket::new(Domain::UNIX, Type::STREAM, None).with_context(place)?;
-    socket.bind(&SockAddr::unix(path).with_context(place)?).with_context(place)?;
-    let listener = Listener { socket, name: format!("unix {}", path.display()), file: Some(path.to_path_buf()) };
-    listener.socket.listen(BACKLOG).with_context(place)?;
+    let listener = bind(path, format!("unix {}", path.display()))?;
+    listen(&listener, path)?;
     Ok(listener)
 }
 
 /// The control socket: only for who runs the server.
 pub fn control(path: &Path) -> Result<Listener> {
-    let mut listener = unix(path)?;
+    let listener = bind(path, CONTROL.into())?;
+    // Before anybody can connect.
     let only_owner = std::fs::Permissions::from_mode(0o600);
     std::fs::set_permissions(path, only_owner).with_context(|| format!("cannot protect {}", path.display()))?;
-    listener.name = CONTROL.into();
+    listen(&listener, path)?;
     Ok(listener)
+}
+
+/// Makes the socket's file; clients are refused still.
+fn bind(path: &Path, name: String) -> Result<Listener> {
+    remove_stale(path)?;
+    let place = || format!("cannot listen at {}", path.display());
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None).with_context(place)?;
+    socket.bind(&SockAddr::unix(path).with_context(place)?).with_context(place)?;
+    Ok(Listener { socket, name, file: Some(path.to_path_buf()) })
+}
+
+fn listen(listener: &Listener, path: &Path) -> Result<()> {
+    listener.socket.listen(BACKLOG).with_context(|| format!("cannot listen at {}", path.display()))
 }
 
 pub fn tcp(address: &str) -> Result<Listener> {

@@ -373,10 +373,11 @@ fn run(args: &Args) -> Result<ExitCode> {
     if listeners.is_empty() && args.unix.is_none() && args.tcp.is_none() && args.vsock.is_none() {
         return Err(bad_usage("nowhere to listen: give --unix, --tcp or --vsock, or have systemd listen".into()));
     }
+    // Before the exports: who can connect to one of them can ask for a change as well.
+    listeners.extend(args.control.as_deref().map(listen::control).transpose()?);
     listeners.extend(args.tcp.as_deref().map(listen::tcp).transpose()?);
     listeners.extend(args.vsock.map(listen::vsock).transpose()?);
     listeners.extend(args.unix.as_deref().map(listen::unix).transpose()?);
-    listeners.extend(args.control.as_deref().map(listen::control).transpose()?);
     let found = kept.is_some();
     let (arena, tables) = match kept {
         Some([arena, first, second]) => (arena, Tables::of([first, second])),
