@@ -172,6 +172,9 @@ enum TierCommand {
         /// s3:pages/node1,endpoint=https://s3.example.net
         #[arg(value_parser = below)]
         spec: TierConfig,
+        /// Above this one, by its name in `tier list` [default: below all others]
+        #[arg(long, value_name = "NAME")]
+        before: Option<String>,
     },
     /// Change settings of a tier, while exports are served
     #[command(after_help = SETTABLE)]
@@ -182,10 +185,12 @@ enum TierCommand {
         #[arg(value_name = "NAME KEY=VALUE", required = true)]
         words: Vec<String>,
     },
-    /// Empty the tier below memory and do without it from then on; ended halfway, it stays in use
+    /// Empty a tier below memory and do without it from then on; ended halfway, it stays in use
     Remove {
         #[command(flatten)]
         at: At,
+        /// Its name in `tier list`, if there are several below memory
+        name: Option<String>,
     },
 }
 
@@ -193,7 +198,8 @@ enum TierCommand {
 const SETTABLE: &str = "\
 ram   limit, high, low; codec, group: clients have to connect again
 cold  limit, idle, cpu; codec, group: clients have to connect again
-disk  timeout, connections, ca, cert, key, credentials, profile: likewise";
+disk  timeout, connections, ca, cert, key, credentials, profile: likewise; of several tiers below memory each by its
+      name in tier list";
 
 /// What `tier add` can add.
 fn below(text: &str) -> std::result::Result<TierConfig, String> {
@@ -207,17 +213,17 @@ impl TierCommand {
     fn run(self) -> Result<ExitCode> {
         match self {
             TierCommand::List { at, json } => println!("{}", control::list_tiers(&at.control, json)?),
-            TierCommand::Add { at, spec } => control::add_tier(&at.control, &spec)?,
+            TierCommand::Add { at, spec, before } => control::add_tier(&at.control, &spec, before)?,
             TierCommand::Set { at, words } => {
                 let settings = words.join(",").parse::<TierSettings>().map_err(bad_usage)?;
                 control::set_tier(&at.control, &settings)?;
             }
-            TierCommand::Remove { at } => {
+            TierCommand::Remove { at, name } => {
                 let ended = Arc::new(AtomicBool::new(false));
                 for signal in [SIGINT, SIGTERM] {
                     signal_hook::flag::register(signal, ended.clone()).context("cannot catch signals")?;
                 }
-                control::remove_tier(&at.control, &ended)?;
+                control::remove_tier(&at.control, name, &ended)?;
             }
         }
         Ok(ExitCode::SUCCESS)
