@@ -238,7 +238,7 @@ fn a_standby_takes_a_new_tier_beside_those_that_there_are() {
     let dir = Dir::new("beside");
     let arena = create_arena(false).unwrap();
     let [a, b, c] = ["a", "b", "c"].map(|name| file(&dir, name, 16));
-    let (store, mut lane) = open(&[b.clone()], &arena);
+    let (store, mut lane) = open(std::slice::from_ref(&b), &arena);
     write(&mut lane, 0..PAGES / 3, 1);
     let attempt = |tiers: &[String]| -> Result<Standby, Error> {
         let mut standby = Standby::new(config(tiers), arena.try_clone().unwrap())?;

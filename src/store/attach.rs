@@ -107,7 +107,7 @@ pub(super) fn attach(
 ) -> Result<Vec<Lower>> {
     let bound = arena.tiers();
     let mut places = matched(&config.below, wanted.iter().map(|one| &one.medium), &bound, there);
-    for no in TierNo::all().filter(|no| there[no.index()] > 0 && !places.contains(&Some(*no))) {
+    if let Some(no) = TierNo::all().find(|no| there[no.index()] > 0 && !places.contains(&Some(*no))) {
         let Some(Bound { id, .. }) = bound[no.index()] else {
             return Err(Error::BadArena("pages of it are on a disk tier that it does not name".into()));
         };

@@ -75,11 +75,11 @@ impl Steps {
 
     /// One extent of each tier emptied, however much of it is live. True: one was.
     pub fn drain(&mut self) -> bool {
-        self.movers.iter_mut().fold(false, |any, mover| mover.drain_now() || any)
+        self.movers.iter_mut().map(Mover::drain_now).filter(|done| *done).count() > 0
     }
 
     /// One extent of each tier compacted, whether they are short or not.
     pub fn compact(&mut self) -> bool {
-        self.movers.iter_mut().fold(false, |any, mover| mover.compact_now() || any)
+        self.movers.iter_mut().map(Mover::compact_now).filter(|done| *done).count() > 0
     }
 }
