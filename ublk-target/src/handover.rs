@@ -263,6 +263,9 @@ mod tests {
         assert!(check(&formats(), &formats()).is_ok());
         let mut newer = formats();
         newer["arena_version"] = (ghostswap::ARENA_VERSION + 1).into();
+        // It says which it reads.
+        assert!(check(&formats(), &newer).is_ok());
+        newer["oldest_arena_version"] = (ghostswap::ARENA_VERSION + 1).into();
         assert!(check(&formats(), &newer).unwrap_err().to_string().contains("arena format"));
         assert!(check(&json!({}), &formats()).is_err());
         let mut older = formats();
