@@ -60,8 +60,9 @@ struct Args {
     control: Option<PathBuf>,
     /// Where pages are kept: ram[,limit=SIZE|PERCENT%][,codec=lz4|zstd[:LEVEL]][,group=SIZE][,high=PERCENT%]
     /// [,low=PERCENT%]. A second one: how they are compressed again when they have lain still, as in
-    /// ram,codec=zstd:3,group=64K,idle=10m. Last, what lies below memory: file:PATH,size=SIZE, block:DEVICE, another
-    /// server's export, nbd:URI, or a bucket, s3:BUCKET/PREFIX,endpoint=URL
+    /// ram,codec=zstd:3,group=64K,idle=10m. Last, up to four below memory, each of which passes on to the next
+    /// what it has no room for: file:PATH,size=SIZE, block:DEVICE, another server's export, nbd:URI, or a bucket,
+    /// s3:BUCKET/PREFIX,endpoint=URL
     #[arg(long, value_name = "SPEC")]
     tier: Vec<TierConfig>,
     /// Most clients at once that have gone to an export [default: the store's]
@@ -77,7 +78,7 @@ struct Args {
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
     idle_time: Option<u32>,
     /// Most bytes of a connection's requests that wait, half of it for writes that wait for room, half for reads
-    /// that wait for the disk tier; 0: none waits, and all replies come in order
+    /// that wait for a disk tier; 0: none waits, and all replies come in order
     #[arg(long, value_name = "SIZE", default_value = "4M", value_parser = in_flight_bytes)]
     max_in_flight: usize,
     /// Replace a process of the server that shows no sign of life for so long; 0: never

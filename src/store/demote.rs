@@ -98,6 +98,8 @@ pub(super) struct Mover {
     /// Segments that could not be brought up, each by the number of its sealing.
     unreadable: Vec<(SegmentId, u64)>,
     sinking: Sinking,
+    /// What other tiers are to be rid of waits while memory is short.
+    yields: bool,
 }
 
 /// What is to go down.
@@ -143,6 +145,7 @@ impl Mover {
             compact_after: None,
             unreadable: Vec::with_capacity(MOST_UNREADABLE),
             sinking: Sinking::new(),
+            yields: true,
             shared,
         }
     }

@@ -21,7 +21,7 @@ use std::time::Duration;
 const EPOCH_PAGES: usize = 16;
 /// A blocking write that makes no progress for this long is refused.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// The same while the disk tier has not answered. Whoever is to mend a disk may need the memory that waits for
+/// The same while a disk tier has not answered. Whoever is to mend a disk may need the memory that waits for
 /// it, so it has an end too.
 const PATIENCE_WITH_DISK: Duration = Duration::from_secs(10);
 

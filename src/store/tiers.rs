@@ -1,5 +1,5 @@
 //! What can be changed of the tiers while a store is open: limits, when pages are compressed again and how eagerly, when
-//! segments go down, and whether the disk tier is drained. All of it is kept in the arena, so that it holds for whoever
+//! segments go down, and whether a disk tier is drained. All of it is kept in the arena, so that it holds for whoever
 //! takes it over; a number with the one of the configuration that it stands in the place of, and while that is the same.
 
 use super::{grow, Shared, Store};

@@ -59,7 +59,7 @@ pub enum Command {
     Swapoff(SwapOffArgs),
     /// Compress again, now, all pages that the second tier would come to when they have lain still
     Recompress(Recompress),
-    /// Move to the disk tier, now, all pages that were written some time ago
+    /// Move to the first disk tier that takes them, now, all pages that were written some time ago
     Writeback(WriteBack),
     /// List the tiers of a device, or change them while it is in use
     #[command(subcommand)]
@@ -92,8 +92,8 @@ pub struct Add {
     pub depth: u16,
     /// Where pages are kept, as in ram,limit=4G,codec=lz4 [default: ram,limit=50%,codec=lz4 and ram,codec=zstd:3,group=64K,idle=10m]. A second one:
     /// how they are compressed again when they have lain still, as in ram,codec=zstd:3,group=64K,idle=10m.
-    /// Last, a disk below them: file:/var/lib/ghostswap/cold,size=64G, block:/dev/nvme1n1p3 or an NBD server's export,
-    /// nbd:nbd://192.0.2.7/cold
+    /// Last, up to four below memory, each of which passes on to the next what it has no room for: a disk,
+    /// file:/var/lib/ghostswap/cold,size=64G or block:/dev/nvme1n1p3, or an NBD server's export, nbd:nbd://192.0.2.7/cold
     #[arg(long = "tier", value_name = "SPEC", value_parser = tier)]
     pub tiers: Vec<TierConfig>,
     /// Seconds without a sign of life after which a worker is killed and replaced (0: never)

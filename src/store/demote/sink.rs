@@ -93,6 +93,7 @@ impl Mover {
     pub fn pull_now(&mut self, from: usize) -> bool {
         let s = self.shared.clone();
         let lower = &s.lower[self.at];
+        self.yields = false;
         lower.claim() && from != self.at && from < s.lower.len() && self.pull_some(&s, lower, from, super::WRITES)
     }
 
@@ -100,7 +101,12 @@ impl Mover {
         self.likely.clear();
         // One that is being read already comes first.
         let most = most.max(self.sinking.reading.is_some().into());
-        self.write_some(s, lower, most, |mover| mover.pull(s, lower, from))
+        self.write_some(s, lower, most, |mover| !mover.is_called(s) && mover.pull(s, lower, from))
+    }
+
+    /// Memory is short, and what it has no room for is to come here: others can wait.
+    fn is_called(&self, s: &Shared) -> bool {
+        self.yields && s.first_below().is_none_or(|first| first == self.at) && demotion(&pressure(s, false)) > 0
     }
 
     /// Reads a segment in, and begins to write it. False: there is none, or no buffer, or the other tier takes long.
