@@ -388,3 +388,37 @@ fn pages_go_on_to_a_server_and_are_found_there_by_the_next_store() {
     check(&mut lane, 0..PAGES, 1);
     close(store, lane);
 }
+
+/// What a program left that knew of one tier below: its format, and no word of what the tier's place was called.
+#[test]
+fn an_arena_of_one_tier_is_read_and_stays_what_it_is_until_there_is_another() {
+    let dir = Dir::new("one-tier");
+    let server = server(&dir, &[]);
+    let (a, b) = (file(&dir, "a", 64), file(&dir, "b", 64));
+    for first in [a, nbd(&server)] {
+        let arena = create_arena(false).unwrap();
+        let (store, mut lane) = open(std::slice::from_ref(&first), &arena);
+        write(&mut lane, 0..PAGES, 1);
+        close(store, lane);
+        let word = |at: u64, put: Option<u64>| {
+            let file = std::fs::File::from(arena.try_clone().unwrap());
+            put.into_iter().for_each(|word| file.write_all_at(&word.to_le_bytes(), at).unwrap());
+            let mut got = [0; 8];
+            file.read_exact_at(&mut got, at).unwrap();
+            u64::from_le_bytes(got)
+        };
+        assert!(word(8, None) == ghostswap::ARENA_VERSION && word(288, None) != 0);
+        word(8, Some(ghostswap::OLDEST_ARENA_VERSION));
+        word(288, Some(0));
+        let (store, mut lane) = open(std::slice::from_ref(&first), &arena);
+        check(&mut lane, 0..PAGES, 1);
+        close(store, lane);
+        assert!(word(8, None) == ghostswap::OLDEST_ARENA_VERSION && word(288, None) != 0);
+        let (store, mut lane) = open(&[b.clone(), first], &arena);
+        check(&mut lane, 0..PAGES, 1);
+        write(&mut lane, 0..PAGES / 2, 2);
+        check(&mut lane, 0..PAGES / 2, 2);
+        close(store, lane);
+        assert_eq!(word(8, None), ghostswap::ARENA_VERSION);
+    }
+}
