@@ -120,7 +120,7 @@ impl Cleaner {
     fn recompressor(&mut self) -> Option<&mut Recompressor> {
         let shared = &self.shared;
         if let (None, Some(cold)) = (&self.recompressor, shared.config.cold) {
-            if self.spare.bytes() >= shared.cost_of_cold() {
+            if self.spare.bytes_for_anybody() >= shared.cost_of_cold() {
                 self.recompressor = Some(Recompressor::new(shared, cold));
                 self.copier.equip(shared);
             }

@@ -71,13 +71,14 @@ impl Trainer {
         if !by_hand && !training(&self.lesson(s, begun)) || s.dictionaries.free_number().is_none() {
             return false;
         }
-        if spare.bytes() < cost(s) {
+        if spare.bytes_for_anybody() < cost(s) {
             return false;
         }
         s.dictionaries.train_now.store(false, Ordering::Relaxed);
-        self.last = Some((begun, s.segments.next_sequence()));
-        if !learn(s) {
-            s.dictionaries.refused.fetch_add(1, Ordering::Relaxed);
+        let learned = learn(s, spare);
+        if let Some(better) = learned {
+            self.last = Some((begun, s.segments.next_sequence()));
+            s.dictionaries.refused.fetch_add((!better).into(), Ordering::Relaxed);
         }
         let percent = if s.config.cold.is_some() { s.cpu_percent() } else { CPU_PERCENT };
         let now = Instant::now();
@@ -103,6 +104,34 @@ fn cost(s: &Shared) -> u64 {
     ((SAMPLES + MAX_GROUP) * PAGE_BYTES + 2 * dictionary) as u64 + TRAINING_BYTES
 }
 
+/// Pages of what is stored.
+struct Samples {
+    /// To learn from.
+    known: Vec<u8>,
+    /// To judge by.
+    judges: Vec<u8>,
+}
+
+impl Samples {
+    fn new() -> Samples {
+        let judges = SAMPLES.div_ceil(JUDGES);
+        let room = |pages| Vec::with_capacity(pages * PAGE_BYTES);
+        Samples { known: room(SAMPLES - judges), judges: room(judges) }
+    }
+
+    fn count(&self) -> usize {
+        (self.known.len() + self.judges.len()) / PAGE_BYTES
+    }
+
+    fn take(&mut self, page: &[u8]) {
+        match self.count() {
+            SAMPLES.. => {}
+            n if n % JUDGES == 0 => self.judges.extend_from_slice(page),
+            _ => self.known.extend_from_slice(page),
+        }
+    }
+}
+
 /// Segments that can be learned from, and what is live of them.
 fn eligible(s: &Shared) -> impl Iterator<Item = (SegmentId, u32)> + '_ {
     (0..grow::known_segments(s)).map(SegmentId).filter_map(|id| {
@@ -111,30 +140,28 @@ fn eligible(s: &Shared) -> impl Iterator<Item = (SegmentId, u32)> + '_ {
     })
 }
 
-/// False: nothing came of it.
-fn learn(s: &Shared) -> bool {
+/// False: nothing better came of it. None: the host has no memory for it any more.
+fn learn(s: &Shared, spare: &mut Spare) -> Option<bool> {
     let levels = s.config.dict_levels();
-    let Some(&level) = levels.first() else { return false };
+    let Some(&level) = levels.first() else { return Some(false) };
     let mut codec = Codec::new(CodecChoice::Zstd(level), 0);
-    let pages = samples(s, &mut codec);
-    if pages.len() < LEAST_SAMPLES * PAGE_BYTES {
-        return false;
+    let Samples { known, judges } = samples(s, &mut codec);
+    if known.len() + judges.len() < LEAST_SAMPLES * PAGE_BYTES {
+        return Some(false);
     }
-    let (mut known, mut judges) =
-        (Vec::with_capacity(pages.len()), Vec::with_capacity(pages.len() / JUDGES + PAGE_BYTES));
-    for (i, page) in pages.chunks_exact(PAGE_BYTES).enumerate() {
-        if i % JUDGES == 0 { &mut judges } else { &mut known }.extend_from_slice(page);
+    // The library asks for the rest, and cannot be told to wait for it.
+    if spare.bytes_for_anybody() < TRAINING_BYTES {
+        return None;
     }
-    drop(pages);
-    let Some(bytes) = train(&known, s.config.most_dict_bytes(), level) else { return false };
-    let Some(dictionary) = Dictionary::new(&bytes, &levels) else { return false };
+    let Some(bytes) = train(&known, s.config.most_dict_bytes(), level) else { return Some(false) };
+    let Some(dictionary) = Dictionary::new(&bytes, &levels) else { return Some(false) };
     let now = s.dictionaries.get(s.dictionaries.current()).map(|one| &one.dictionary);
     let trial = Trial {
         without: compressed(&mut codec, &judges, None),
         now: now.filter(|now| codec.takes(now)).map(|now| compressed(&mut codec, &judges, Some(now))),
         new: compressed(&mut codec, &judges, Some(&dictionary)),
     };
-    is_better(&trial) && s.take_up(bytes, dictionary)
+    Some(is_better(&trial) && s.take_up(bytes, dictionary))
 }
 
 /// What pages take, each alone.
@@ -146,8 +173,8 @@ fn compressed(codec: &mut Codec, pages: &[u8], with: Option<&Dictionary>) -> u64
 }
 
 /// Pages of what compresses, as many of each segment.
-fn samples(s: &Shared, codec: &mut Codec) -> Vec<u8> {
-    let mut pages = Vec::with_capacity(SAMPLES * PAGE_BYTES);
+fn samples(s: &Shared, codec: &mut Codec) -> Samples {
+    let mut pages = Samples::new();
     let mut group = vec![0; MAX_GROUP * PAGE_BYTES];
     let count = eligible(s).count();
     if count == 0 {
@@ -165,7 +192,7 @@ fn samples(s: &Shared, codec: &mut Codec) -> Vec<u8> {
 }
 
 /// Adds `each` pages of a claimed segment, be they live or not, as far as there is room.
-fn sample(s: &Shared, open: Open, each: usize, codec: &mut Codec, group: &mut [u8], pages: &mut Vec<u8>) {
+fn sample(s: &Shared, open: Open, each: usize, codec: &mut Codec, group: &mut [u8], pages: &mut Samples) {
     let records = || {
         let mut at = 0;
         std::iter::from_fn(move || {
@@ -181,8 +208,8 @@ fn sample(s: &Shared, open: Open, each: usize, codec: &mut Codec, group: &mut [u
         let whole = &mut group[..header.pages * PAGE_BYTES];
         let with = if header.pages == 1 { with } else { None };
         let sound = codec.decompress(header.codec, &record[header.bytes()..], whole, with);
-        if sound && pages.len() < SAMPLES * PAGE_BYTES {
-            pages.extend_from_slice(&whole[..PAGE_BYTES]);
+        if sound {
+            pages.take(&whole[..PAGE_BYTES]);
         }
     }
 }
