@@ -210,12 +210,13 @@ fn what_lies_on_disk_keeps_its_dictionary() {
     store.write_back(0).unwrap();
     until(&store, "pages go down", |s| s.disk.as_ref().is_some_and(|d| d.live_bytes > 1 << 20 && !d.writing_back));
     // Another one is current, and all that is in memory was made with it.
-    let mut lane = store.create_volume(1 << 40).unwrap().lane().unwrap();
-    write(&mut lane, 0..PAGES, 2);
+    let second = store.create_volume(1 << 40).unwrap();
+    write(&mut second.lane().unwrap(), 0..PAGES, 2);
     assert!(train(&store));
-    write(&mut lane, 0..PAGES, 2);
+    // By another lane: one that is open goes on in a segment of the dictionary before.
+    write(&mut second.lane().unwrap(), 0..PAGES, 2);
     assert!(store.stats().dictionaries.count > 1);
-    drop((lane, store));
+    drop((second, store));
     let store = open(&tier, &arena);
     assert_eq!(check(&store, 0..2 * PAGES, 1), 0);
     assert!(store.stats().dictionaries.count > 1, "pages on disk need the first");
