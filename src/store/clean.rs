@@ -79,6 +79,8 @@ impl Cleaner {
         // Making room comes first.
         let more = (how != Cleaning::Urgent || !cleaned) && self.compress_again();
         self.release();
+        self.copier.appender.close_old(&shared);
+        self.recompressor.iter_mut().for_each(|one| one.appender.close_old(&shared));
         let old = shared.retire_dictionaries();
         if let (Cleaning::Rest | Cleaning::Tidy, Some(id)) = (how, old) {
             // One at a time: nobody waits for it.

@@ -151,6 +151,7 @@ impl Mover {
     pub fn step(&mut self) -> bool {
         let shared = self.shared.clone();
         let _busy = shared.quiet[2].lock().unwrap_or_else(PoisonError::into_inner);
+        self.copier.appender.close_old(&shared);
         let Some(lower) = &shared.lower else { return false };
         if self.is_away(lower) || !lower.claim() || self.standing.rests() {
             return false;

@@ -47,13 +47,19 @@ pub(super) struct Trainer {
     /// When the last one was, or this store was opened, and the number that segments were sealed with then.
     last: Option<(Instant, u64)>,
     rest_until: Option<Instant>,
+    /// The last one found no memory: even who asks for another waits until then.
+    no_memory_until: Option<Instant>,
 }
 
 impl Trainer {
     pub fn new(s: &Shared) -> Trainer {
         // The one that is there already is as good as one just trained.
         let has_one = s.dictionaries.current() != 0;
-        Trainer { last: has_one.then(|| (Instant::now(), s.segments.next_sequence())), rest_until: None }
+        Trainer {
+            last: has_one.then(|| (Instant::now(), s.segments.next_sequence())),
+            rest_until: None,
+            no_memory_until: None,
+        }
     }
 
     /// Trains one, if it is time to. True: it did, be it better or not.
@@ -63,7 +69,8 @@ impl Trainer {
         }
         let by_hand = s.dictionaries.train_now.load(Ordering::Relaxed);
         let begun = Instant::now();
-        if !by_hand && self.rest_until.is_some_and(|until| begun < until) {
+        let rests = |until: Option<Instant>| until.is_some_and(|until| begun < until);
+        if !by_hand && rests(self.rest_until) || rests(self.no_memory_until) {
             return false;
         }
         // To look at all segments once a second is enough.
@@ -75,10 +82,16 @@ impl Trainer {
             return false;
         }
         s.dictionaries.train_now.store(false, Ordering::Relaxed);
-        let learned = learn(s, spare);
-        if let Some(better) = learned {
-            self.last = Some((begun, s.segments.next_sequence()));
-            s.dictionaries.refused.fetch_add((!better).into(), Ordering::Relaxed);
+        match learn(s, spare) {
+            Some(better) => {
+                self.last = Some((begun, s.segments.next_sequence()));
+                s.dictionaries.refused.fetch_add((!better).into(), Ordering::Relaxed);
+            }
+            None => {
+                // Who asked for it still waits.
+                s.dictionaries.train_now.fetch_or(by_hand, Ordering::Relaxed);
+                self.no_memory_until = Some(Instant::now() + LOOK_EVERY);
+            }
         }
         let percent = if s.config.cold.is_some() { s.cpu_percent() } else { CPU_PERCENT };
         let now = Instant::now();
@@ -140,7 +153,7 @@ fn eligible(s: &Shared) -> impl Iterator<Item = (SegmentId, u32)> + '_ {
     })
 }
 
-/// False: nothing better came of it. None: the host has no memory for it any more.
+/// False: nothing better came of it. None: there is no memory for it at this moment, the host's or the arena's.
 fn learn(s: &Shared, spare: &mut Spare) -> Option<bool> {
     let levels = s.config.dict_levels();
     let Some(&level) = levels.first() else { return Some(false) };
@@ -161,7 +174,10 @@ fn learn(s: &Shared, spare: &mut Spare) -> Option<bool> {
         now: now.filter(|now| codec.takes(now)).map(|now| compressed(&mut codec, &judges, Some(now))),
         new: compressed(&mut codec, &judges, Some(&dictionary)),
     };
-    Some(is_better(&trial) && s.take_up(bytes, dictionary))
+    match is_better(&trial) {
+        false => Some(false),
+        true => s.take_up(bytes, dictionary).then_some(true),
+    }
 }
 
 /// What pages take, each alone.
