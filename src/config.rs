@@ -1,11 +1,14 @@
 //! What a user can choose, and the checks that turn it into what the store accepts.
 //! Flags, keys and fields have the same names.
 
+mod below;
 mod nbd;
 mod s3;
 mod settings;
 mod tier;
 
+pub(crate) use below::{which, OF_SERVER};
+pub use below::{with_tier, without_tier};
 pub use nbd::{NbdAddress, NbdPlace, NbdTls};
 pub use s3::S3Place;
 pub use settings::{TierName, TierSettings};
@@ -14,7 +17,7 @@ pub use tier::{parse_time, DiskTier, Marks, Place, RamTier, TierConfig};
 
 use crate::error::{Error, Result};
 use crate::io::{Callers, Tls, S3};
-use crate::page::PAGE_BYTES;
+use crate::page::{MAX_TIERS_BELOW, PAGE_BYTES};
 use std::fmt;
 use std::str::FromStr;
 
@@ -148,30 +151,6 @@ pub fn default_tiers() -> Vec<TierConfig> {
     vec![TierConfig::Ram(RamTier::default()), TierConfig::Ram(second)]
 }
 
-/// These tiers with one more below them.
-pub fn with_tier(tiers: &[TierConfig], below: TierConfig) -> Result<Vec<TierConfig>> {
-    let bad = |why: String| Err(Error::InvalidConfig(why));
-    if !matches!(below, TierConfig::Disk(_)) {
-        return bad("only a tier below memory can be added: file:, block:, nbd: or s3:".into());
-    }
-    let mut all = if tiers.is_empty() { default_tiers() } else { tiers.to_vec() };
-    if let Some(TierConfig::Disk(there)) = all.last() {
-        return bad(format!("there is a tier below memory, and there is one at most: {there}"));
-    }
-    all.push(below);
-    Ok(all)
-}
-
-/// These tiers without the one below memory.
-pub fn without_tier(tiers: &[TierConfig]) -> Result<Vec<TierConfig>> {
-    match tiers.split_last() {
-        // What a store is not told of is as it was with the tier.
-        Some((TierConfig::Disk(_), [])) => Ok(vec![TierConfig::Ram(RamTier::default())]),
-        Some((TierConfig::Disk(_), rest)) => Ok(rest.to_vec()),
-        _ => Err(Error::InvalidConfig("there is no tier below memory".into())),
-    }
-}
-
 /// Everything a store is opened with.
 #[derive(Clone, Debug)]
 pub struct StoreConfig {
@@ -232,10 +211,12 @@ pub(crate) struct Checked {
     pub cold: Option<Cold>,
     /// When segments go where memory has no room for them.
     pub marks: Marks,
-    /// Where segments go that memory has no room for.
-    pub below: Option<DiskTier>,
-    /// Bytes of it, once it is open.
-    pub below_bytes: u64,
+    /// Where segments go that memory has no room for, and then from one to the next.
+    pub below: Vec<DiskTier>,
+    /// What these are called.
+    pub names: Vec<String>,
+    /// Bytes of each, once it is open.
+    pub below_bytes: Vec<u64>,
 }
 
 /// How pages that have lain still are compressed again.
@@ -305,7 +286,7 @@ impl StoreConfig {
     pub(crate) fn validate(&self, ram_bytes: u64) -> Result<Checked> {
         let bad = |why: String| Err(Error::InvalidConfig(why));
         let by_default = default_tiers();
-        let (ram, disk) = in_order(if self.tiers.is_empty() { &by_default } else { &self.tiers })?;
+        let (ram, disks) = below::in_order(if self.tiers.is_empty() { &by_default } else { &self.tiers })?;
         let (tier, second) = match ram.as_slice() {
             [] => (RamTier::default(), None),
             [one] => ((*one).clone(), None),
@@ -374,26 +355,11 @@ impl StoreConfig {
             hot_bytes,
             cold,
             marks: tier.marks,
-            below: disk.cloned(),
-            below_bytes: 0,
+            below_bytes: vec![0; disks.len()],
+            names: below::names(&disks),
+            below: disks.into_iter().cloned().collect(),
         })
     }
-}
-
-/// The tiers by kind, in the order in which pages go down.
-fn in_order(tiers: &[TierConfig]) -> Result<(Vec<&RamTier>, Option<&DiskTier>)> {
-    let (mut ram, mut disk) = (Vec::new(), None);
-    for tier in tiers {
-        match tier {
-            _ if disk.is_some() => {
-                let why = "nothing goes below a file, block, nbd or s3 tier: it is the last, and there is one at most";
-                return Err(Error::InvalidConfig(why.into()));
-            }
-            TierConfig::Ram(tier) => ram.push(tier),
-            TierConfig::Disk(tier) => disk = Some(tier),
-        }
-    }
-    Ok((ram, disk))
 }
 
 #[cfg(test)]
@@ -410,20 +376,6 @@ mod tests {
             assert!(parse_size(bad).is_err(), "{bad}");
         }
         assert_eq!(format_size(1 << 44), "16.0 TiB");
-    }
-
-    #[test]
-    fn a_tier_comes_below_and_goes() {
-        let tiers = |list: &[&str]| list.iter().map(|t| t.parse().unwrap()).collect::<Vec<TierConfig>>();
-        let disk = || "file:/x,size=1G".parse::<TierConfig>().unwrap();
-        let all = with_tier(&[], disk()).unwrap();
-        assert_eq!(all, tiers(&["ram", "ram,codec=zstd:3,group=64K,idle=10m", "file:/x,size=1G"]));
-        assert_eq!(all.iter().map(|t| t.to_string().parse().unwrap()).collect::<Vec<TierConfig>>(), all);
-        assert_eq!(without_tier(&all).unwrap(), default_tiers());
-        assert_eq!(without_tier(&tiers(&["file:/x,size=1G"])).unwrap(), tiers(&["ram"]));
-        assert!(with_tier(&all, disk()).unwrap_err().to_string().contains("file:/x,size="));
-        assert!(with_tier(&[], tiers(&["ram"]).remove(0)).is_err());
-        assert!(without_tier(&[]).is_err() && without_tier(&tiers(&["ram"])).is_err());
     }
 
     #[test]
@@ -457,8 +409,7 @@ mod tests {
         assert_eq!(dictionaries(&["ram,codec=zstd:1"]), (32 << 10, vec![1]));
         assert_eq!(dictionaries(&["ram,codec=zstd:1", "ram,codec=zstd:9,group=64K,dict=64K"]), (64 << 10, vec![1, 9]));
         let below = check(&["ram,limit=100M", "ram,codec=zstd:3,group=64K", "file:/x,size=1G"]).unwrap();
-        assert_eq!((below.limit_bytes, below.below.unwrap().size), (100 << 20, Some(1 << 30)));
+        assert_eq!((below.limit_bytes, below.below[0].size), (100 << 20, Some(1 << 30)));
         assert!(check(&["file:/x,size=1G", "ram"]).is_err(), "the wrong way round");
-        assert!(check(&["ram", "file:/x,size=1G", "block:/dev/y"]).is_err(), "two below");
     }
 }

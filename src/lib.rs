@@ -34,15 +34,15 @@ mod sync;
 mod tier;
 mod volume;
 
-pub use arena::{create_arena, Spare, ARENA_VERSION};
+pub use arena::{create_arena, Spare, ARENA_VERSION, OLDEST_ARENA_VERSION};
 pub use config::{StoreConfig, TierConfig};
 #[cfg(feature = "crash-points")]
 #[doc(hidden)]
 pub use crash::set_hook as set_crash_hook;
 pub use error::{Error, Result};
-pub use io::{Begun, Buffer, EndedRead, Reads, Source, Tls, S3};
-pub use page::{Placement, MAX_VOLUMES, MAX_VOLUME_BYTES, PAGE_BYTES};
-pub use stats::{Stats, TierStats};
+pub use io::{At, Begun, Buffer, EndedRead, Reads, Source, Tls, S3};
+pub use page::{Placement, MAX_TIERS_BELOW, MAX_VOLUMES, MAX_VOLUME_BYTES, PAGE_BYTES};
+pub use stats::{DiskStats, Stats, TierStats};
 #[cfg(feature = "crash-points")]
 #[doc(hidden)]
 pub use store::Steps;

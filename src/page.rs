@@ -67,7 +67,35 @@ pub struct SegmentId(pub u32);
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct FrameNo(pub u32);
 
-/// An extent of the tier below: where the bytes of a segment on disk are.
+/// Most tiers below memory: what a segment's entry in the table has bits for.
+pub const MAX_TIERS_BELOW: usize = 4;
+
+/// A tier below memory, by its place in the arena, which it keeps while anything lies there, whatever comes above or
+/// below it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct TierNo(pub u8);
+
+impl TierNo {
+    /// All that there may be.
+    pub(crate) fn all() -> impl Iterator<Item = TierNo> {
+        (0..MAX_TIERS_BELOW as u8).map(TierNo)
+    }
+
+    pub(crate) fn index(self) -> usize {
+        usize::from(self.0)
+    }
+}
+
+/// Where a segment below memory lies.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Spot {
+    /// On which tier.
+    pub tier: TierNo,
+    /// And where there.
+    pub extent: ExtentNo,
+}
+
+/// An extent of a tier below: where the bytes of a segment on disk are.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct ExtentNo(pub u32);
 

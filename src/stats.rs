@@ -40,8 +40,10 @@ pub struct Stats {
     pub recompressed_segments: u64,
     /// What zstd compresses single pages with.
     pub dictionaries: DictionaryStats,
-    /// The disk tier, if there is one.
+    /// The disk tiers, if there are any, taken together.
     pub disk: Option<DiskStats>,
+    /// Each of them, in the order in which pages go down.
+    pub disks: Vec<DiskStats>,
 }
 
 /// Dictionaries, trained from what is stored.
@@ -66,8 +68,8 @@ pub struct DictionaryStats {
 /// A tier and what it holds. Sizes are bytes.
 #[derive(Clone, Debug, Serialize)]
 pub struct TierStats {
-    /// `ram`, `cold` (memory compressed again) or `disk`.
-    pub name: &'static str,
+    /// `ram`, `cold` (memory compressed again), `disk` or, of several below memory, what each is called.
+    pub name: String,
     /// How it compresses, or where it is.
     pub what: String,
     /// What it may hold.
@@ -84,6 +86,8 @@ pub struct TierStats {
 #[derive(Clone, Debug, Serialize)]
 #[allow(missing_docs, reason = "each field is explained where it is not plain")]
 pub struct DiskStats {
+    /// What it is called.
+    pub name: String,
     pub path: String,
     pub capacity_bytes: u64,
     /// In extents that hold a segment, live or dead.
@@ -100,6 +104,8 @@ pub struct DiskStats {
     pub compacted_segments: u64,
     /// Segments brought up because they were asked for again and again.
     pub promoted_segments: u64,
+    /// Segments that went on to another tier.
+    pub passed_on_segments: u64,
     pub write_errors: u64,
     pub read_errors: u64,
     /// In extents that were to be compacted or drained and could not be read.
@@ -118,7 +124,49 @@ pub struct DiskStats {
     pub writing_back: bool,
 }
 
+impl DiskStats {
+    /// All of them taken together, as if they were one: what is true of one of them is true of it.
+    pub(crate) fn of_all(disks: &[DiskStats]) -> Option<DiskStats> {
+        let (first, rest) = disks.split_first()?;
+        let add = |mut all: DiskStats, one: &DiskStats| {
+            all.name = "disk".into();
+            all.path = format!("{}, {}", all.path, one.path);
+            for (sum, n) in [
+                (&mut all.capacity_bytes, one.capacity_bytes),
+                (&mut all.used_bytes, one.used_bytes),
+                (&mut all.live_bytes, one.live_bytes),
+                (&mut all.written_bytes, one.written_bytes),
+                (&mut all.written_segments, one.written_segments),
+                (&mut all.fetches, one.fetches),
+                (&mut all.fetched_bytes, one.fetched_bytes),
+                (&mut all.beside_pages, one.beside_pages),
+                (&mut all.compacted_segments, one.compacted_segments),
+                (&mut all.promoted_segments, one.promoted_segments),
+                (&mut all.passed_on_segments, one.passed_on_segments),
+                (&mut all.write_errors, one.write_errors),
+                (&mut all.read_errors, one.read_errors),
+                (&mut all.unreadable_bytes, one.unreadable_bytes),
+                (&mut all.late_bytes, one.late_bytes),
+                (&mut all.corrupt, one.corrupt),
+            ] {
+                *sum += n;
+            }
+            all.last_corrupt = one.last_corrupt.or(all.last_corrupt);
+            all.failing |= one.failing;
+            all.draining |= one.draining;
+            all
+        };
+        Some(rest.iter().fold(first.clone(), add))
+    }
+}
+
 impl Stats {
+    /// Bytes of the disk tiers that can be written to.
+    pub fn usable_disk_bytes(&self) -> u64 {
+        let usable = self.disks.iter().filter(|disk| !disk.failing && !disk.draining);
+        usable.map(|disk| disk.capacity_bytes).sum()
+    }
+
     /// Metadata bytes for each stored page: slots and inner nodes, record headers, segment table.
     pub fn metadata_per_page(&self) -> f64 {
         if self.stored_pages == 0 {
@@ -173,10 +221,11 @@ impl fmt::Display for Stats {
                 d.pages
             )?;
         }
-        if let Some(d) = &self.disk {
+        for d in &self.disks {
             writeln!(
                 f,
-                "disk      {} of {} at {}: {} live; {} written, {} fetched in {} reads, {} pages with others'{}",
+                "{:<9} {} of {} at {}: {} live; {} written, {} fetched in {} reads, {} pages with others'{}",
+                d.name,
                 format_size(d.used_bytes),
                 format_size(d.capacity_bytes),
                 d.path,

@@ -107,6 +107,9 @@ enum Op {
     Compact,
     /// All that is on disk back to memory.
     Drain,
+    /// Some segments from the first of two disks on to the second, or back.
+    PassOn,
+    PassBack,
     /// The memory limit is set, to what it is.
     Limit,
     /// Other settings of the memory tiers are.
@@ -254,8 +257,12 @@ impl<'a> Player<'a> {
             Op::GiveBack => self.steps.give_back(1),
             Op::Demote => drop(self.steps.demote()),
             Op::Compact => drop(self.steps.compact()),
+            Op::PassOn => drop(self.steps.pass_on(0, 1)),
+            Op::PassBack => drop(self.steps.pass_on(1, 0)),
             Op::Drain => {
-                self.store.drain_disk(true).unwrap();
+                for disk in self.store.stats().disks {
+                    self.store.drain_tier(Some(&disk.name), true).unwrap();
+                }
                 for turn in 0.. {
                     if self.store.stats().disk.unwrap().used_bytes == 0 {
                         break;
@@ -299,7 +306,14 @@ impl<'a> Player<'a> {
                 content(*page, version, out);
                 self.ledger.begin(self.entries[&(v, *page)], 0, 8, version);
             }
-            assert_eq!(self.lanes[v as usize].try_write(from * PAGE as u64, &bytes).unwrap(), bytes.len());
+            // Of the frames that there are lanes leave some to each that makes room.
+            self.steps.grow().unwrap();
+            assert_eq!(
+                self.lanes[v as usize].try_write(from * PAGE as u64, &bytes).unwrap(),
+                bytes.len(),
+                "{}",
+                self.store.stats()
+            );
             run.iter().for_each(|page| self.ledger.acknowledge(self.entries[&(v, *page)]));
         }
     }
@@ -331,6 +345,9 @@ impl<'a> Player<'a> {
             self.play(Op::Create);
         }
         for op in [
+            // What earlier stores had open takes a frame each, however little is in it.
+            Op::Clean,
+            Op::Clean,
             Op::Write(1, 0, 40, MIDDLE),
             Op::Write(0, 0, 33, RAW),
             Op::Write(0, FAR, 8, SMALL),
@@ -365,6 +382,10 @@ fn stores(file: &str) -> Vec<(String, Vec<Op>)> {
         (disk("a"), vec![Demote, Write(0, 2, 10, SMALL)]),
         (disk("a").replace("lz4", "zstd:1"), vec![Write(0, 8, 6, MIDDLE), Demote]),
         (disk("a"), vec![Write(1, 5, 4, SMALL)]),
+        // Another above it, which then holds all, so that the first can go.
+        (disk("b") + &disk("a")[ram.len()..], vec![Clean, Demote, PassBack, PassBack, Write(0, 3, 9, RAW)]),
+        (disk("a") + &disk("b")[ram.len()..], vec![Clean, Write(1, 9, 4, SMALL), Drain]),
+        (disk("b"), vec![Clean, Demote, Write(1, 5, 4, SMALL)]),
     ]
 }
 
@@ -435,6 +456,56 @@ fn walk_stores(file: &str, visited: &Mutex<BTreeSet<String>>) {
         target += 13;
     }
     println!("tiers: {of_tiers} points of a change, {target} points in all, {stops} stops");
+}
+
+// --- two disks --------------------------------------------------------------------------------------
+
+/// Segments go down to the first, on to the second, and back; some die on the way.
+fn of_two() -> Vec<Op> {
+    use Op::*;
+    vec![
+        Create,
+        Create,
+        Write(0, 0, 34, RAW),
+        Demote,
+        Write(0, 34, 20, MIDDLE),
+        PassOn,
+        Write(1, 0, 40, RAW),
+        Reopen,
+        Demote,
+        Discard(0, 9, 4),
+        Write(0, 0, 5, SMALL),
+        PassOn,
+        PassOn,
+        Clean,
+        PassBack,
+        Demote,
+        Compact,
+        Discard(1, 5, 30),
+        Clean,
+        PassOn,
+        CloseCleaner,
+        Drain,
+        Clean,
+    ]
+}
+
+/// At every point of it, and in the recovery from it at one; and at each point that only tiers have with the other order
+/// of the two in the next store.
+fn walk_two(ram: &str, [a, b]: [&str; 2], visited: &Mutex<BTreeSet<String>>) {
+    let tier = format!("{ram} + {a} + {b}");
+    let other = format!("{ram} + {b} + {a}");
+    let mut target = 0;
+    loop {
+        let next = if target % 2 == 1 { &other } else { &tier };
+        let (first, second) = stop_twice_and_open(&tier, &of_two(), target, target * 7 % 31, next);
+        visited.lock().unwrap().extend(first.into_iter().chain(second).map(str::to_string));
+        if first.is_none() {
+            break;
+        }
+        target += 1;
+    }
+    println!("two disks: {target} points");
 }
 
 // --- dictionaries -----------------------------------------------------------------------------------
@@ -510,6 +581,17 @@ fn walk_dictionaries(tier: &str, visited: &Mutex<BTreeSet<String>>) {
 /// Stops the history at its `target`th point, then the recovery at its `again`th. Returns the
 /// names of the points; the first None: the history came to its end.
 fn stop_twice(tier: &str, history: &[Op], target: u64, again: u64) -> (Option<&'static str>, Option<&'static str>) {
+    stop_twice_and_open(tier, history, target, again, tier)
+}
+
+/// The same, with other tiers from the recovery on.
+fn stop_twice_and_open(
+    tier: &str,
+    history: &[Op],
+    target: u64,
+    again: u64,
+    next: &str,
+) -> (Option<&'static str>, Option<&'static str>) {
     let arena = create_arena(false).unwrap();
     let entries = entries();
     let ledger = Ledger::new(entries.len());
@@ -517,9 +599,9 @@ fn stop_twice(tier: &str, history: &[Op], target: u64, again: u64) -> (Option<&'
         let mut player = Player::open(&arena, tier, &ledger, &entries);
         history.iter().for_each(|op| player.play(*op));
     });
-    let second = stopped_at(again, || drop(Player::open(&arena, tier, &ledger, &entries)));
+    let second = stopped_at(again, || drop(Player::open(&arena, next, &ledger, &entries)));
     let outcome = std::panic::catch_unwind(|| {
-        let mut player = Player::open(&arena, tier, &ledger, &entries);
+        let mut player = Player::open(&arena, next, &ledger, &entries);
         player.check();
         player.go_on();
     });
@@ -588,7 +670,9 @@ fn stopped_at_any_point_nothing_acknowledged_is_lost() {
     }
     walk_dictionaries(&disk.replace("lz4", "zstd:1,dict=8K"), &visited);
     walk_stores(&file.display().to_string(), &visited);
-    for name in ["", "a", "b"] {
+    let at = |name: &str| format!("file:{}{name},size=16M,prealloc=off", file.display());
+    walk_two("ram,limit=8M,codec=lz4", [&at("c"), &format!("{},encrypt=off", at("d"))], &visited);
+    for name in ["", "a", "b", "c", "d"] {
         std::fs::remove_file(format!("{}{name}", file.display())).unwrap();
     }
     let missed: Vec<_> = all_points().difference(&visited.lock().unwrap()).cloned().collect();

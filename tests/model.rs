@@ -214,12 +214,17 @@ impl Drop for Works<'_> {
 fn change_tiers(store: &Store, working: &AtomicU64) {
     let limit = store.tiers()[0].limit_bytes;
     let nap = || std::thread::sleep(Duration::from_millis(7));
-    while working.load(Ordering::Relaxed) > 0 {
+    let names: Vec<String> = store.stats().disks.into_iter().map(|disk| disk.name).collect();
+    for turn in 0.. {
+        if working.load(Ordering::Relaxed) == 0 {
+            break;
+        }
+        let name = Some(names[turn % names.len()].as_str());
         store.write_back(0).unwrap();
         nap();
-        store.drain_disk(true).unwrap();
+        store.drain_tier(name, true).unwrap();
         nap();
-        store.drain_disk(false).unwrap();
+        store.drain_tier(name, false).unwrap();
         // With less, or refused because more is needed at this moment.
         let _ = store.set_limit(Limit::Bytes(limit - (1 << 20)));
         nap();
@@ -307,6 +312,16 @@ fn run(tier: &str) {
 #[test]
 fn lz4_pages_above_a_disk() {
     run_on_disk("ram,limit=6M,codec=lz4", "");
+}
+
+/// And what is in the first goes on to the second, as fast as it comes.
+#[test]
+fn lz4_pages_above_two_disks() {
+    let dir = std::env::temp_dir().join(format!("ghostswap-model-{}-two", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    let disk = |name: &str, size| format!("file:{},size={size}", dir.join(name).display());
+    run(&format!("ram,limit=6M,codec=lz4 + {} + {},encrypt=off", disk("a", "16M"), disk("b", "24M")));
+    std::fs::remove_dir_all(dir).unwrap();
 }
 
 #[test]

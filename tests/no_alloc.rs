@@ -451,6 +451,16 @@ fn lz4_single_pages_above_a_disk() {
     std::fs::remove_file(file).unwrap();
 }
 
+/// The same above two, of which the first passes on to the second.
+#[test]
+fn lz4_single_pages_above_two_disks() {
+    let [a, b] = ["a", "b"].map(|name| {
+        std::env::temp_dir().join(format!("ghostswap-no-alloc-{name}-{}", std::process::id())).display().to_string()
+    });
+    confined_store(&format!("ram,limit=10M,codec=lz4 + file:{a},size=16M + file:{b},size=16M"));
+    [a, b].into_iter().for_each(|file| std::fs::remove_file(file).unwrap());
+}
+
 /// The lanes, and the carriers between them and a server, which dies once and is there again.
 #[test]
 fn lz4_single_pages_above_a_server() {

@@ -185,6 +185,14 @@ fn live(arena: &OwnedFd, tier: &str, ledger: &Ledger, board: &Shared, seed: u64,
                             store.train_dictionary();
                             board.at(3).store(store.stats().dictionaries.pages, Ordering::Relaxed);
                         }
+                        if t == 1 && step % 32 == 0 && store.stats().disks.len() > 1 {
+                            let drain = step / 32 % 3 > 0;
+                            store.drain_tier(Some("a"), drain).map_err(|e| e.to_string())?;
+                            if !drain {
+                                // Refused while neither is claimed.
+                                let _ = store.write_back(0);
+                            }
+                        }
                         board.at(1).store(store.stats().cleaned_segments, Ordering::Relaxed);
                     }
                     Ok(())
@@ -212,7 +220,23 @@ fn killed_at_any_moment_nothing_on_disk_is_lost() {
     std::fs::remove_file(file).unwrap();
 }
 
+/// Two, in one order or the other, of which one is drained now and then: so pages go from one to the other.
+#[test]
+fn killed_at_any_moment_nothing_on_two_disks_is_lost() {
+    let [a, b] = ["a", "b"].map(|name| {
+        let file = std::env::temp_dir().join(format!("ghostswap-recover-{name}-{}", std::process::id()));
+        (format!(" + file:{},size=16M,name={name}", file.display()), file)
+    });
+    kill_above(&[format!("{}{}", a.0, b.0), format!("{}{}", b.0, a.0)]);
+    [a, b].into_iter().for_each(|(_, file)| std::fs::remove_file(file).unwrap());
+}
+
 fn kill_again_and_again(disk: &str) {
+    kill_above(&[disk.to_string()]);
+}
+
+/// Each life above one of these.
+fn kill_above(disks: &[String]) {
     let lives = env("GHOSTSWAP_RECOVER_LIVES", 60);
     let clock = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64;
     let seed = env("GHOSTSWAP_RECOVER_SEED", clock & 0xffff_ffff);
@@ -224,6 +248,7 @@ fn kill_again_and_again(disk: &str) {
     let mut rng = Rng(seed | 1);
     let (mut cleaned, mut early, mut with_dictionary) = (0, 0, 0);
     let begin = |life: u64, rng: &mut Rng| {
+        let disk = &disks[rng.below(disks.len() as u64) as usize];
         let tier = format!("{}{disk}", TIERS[rng.below(TIERS.len() as u64) as usize]);
         let life_seed = rng.next() >> 33 | 1;
         fork(|| match live(&arena, &tier, &ledger, &board, life_seed, life) {
@@ -273,7 +298,7 @@ fn kill_again_and_again(disk: &str) {
     println!("{with_dictionary} pages compressed with a dictionary");
     assert!(with_dictionary > 0 || lives < 40, "dictionaries were in play");
     assert!(cleaned > lives, "the limit is tiny enough for the cleaner to work: {cleaned}");
-    let store = take_up(&arena, &format!("{}{disk}", TIERS[0]), &ledger)
+    let store = take_up(&arena, &format!("{}{}", TIERS[0], disks[0]), &ledger)
         .unwrap_or_else(|e| panic!("seed {seed}, at the end: {e}"));
     for v in store.volumes() {
         v.lane().unwrap().discard(0, v.bytes()).unwrap();
@@ -372,7 +397,7 @@ fn what_is_no_arena_of_ours_is_refused_and_keeps_what_it_holds() {
     for (at, word, says) in [
         (0, 0, "magic"),
         (0, u64::from_le_bytes(*b"SWAPSPCE"), "magic"),
-        (8, 1, "version 1; this program reads 6"),
+        (8, 1, "version 1; this program reads 6 to 7"),
         (8, 5, "version 5"),
         (16, 4096, "do not make up"),
         (24, frames + 1, "do not make up"),

@@ -7,9 +7,9 @@
 //! | `{"cmd":"add","spec":"a,size=64G"}` | `{"ok":true}`; the spec is what `--export` takes |
 //! | `{"cmd":"remove","name":"a"}` | `{"ok":true}` once nothing of it is stored any more |
 //! | `{"cmd":"status"}` | `{"ok":true,"version":"0.1.0","upgrades":0,…}`: what happened since the server was started; `alone`: nobody supervises |
-//! | `{"cmd":"tiers"}` | `{"ok":true,"tiers":[…],"disk":{…}}`: what each holds |
-//! | `{"cmd":"empty","empty":true}` | `{"ok":true}`: the tier below is being drained, unless what lies there does not fit into memory; false: it is used again |
-//! | `{"cmd":"addtier","spec":"block:/dev/x"}`, `{"cmd":"removetier"}` | as `upgrade` |
+//! | `{"cmd":"tiers"}` | `{"ok":true,"tiers":[…],"disk":{…},"disks":[…]}`: what each holds, and all below memory together |
+//! | `{"cmd":"empty","empty":true}` | `{"ok":true}`: the tier below is being drained, unless what lies there does not fit elsewhere; false: it is used again; of several with `"name":"nbd"` |
+//! | `{"cmd":"addtier","spec":"block:/dev/x"}`, `{"cmd":"removetier"}` | as `upgrade`; the first below all others, or with `"before":"nbd"` not; of several to remove with `"name"` |
 //! | `{"cmd":"settier","spec":"ram,limit=4G"}` | `{"ok":true}` once it holds; if the store has to be opened anew for it (`codec` and others), as `upgrade` |
 //! | `{"cmd":"upgrade"}` | none, if the upgrade begins: the connection ends with this worker, and the next one's status tells the rest |
 //!
@@ -52,21 +52,41 @@ const TELL_EVERY: Duration = Duration::from_secs(2);
 #[serde(tag = "cmd", rename_all = "lowercase")]
 pub enum Request {
     List,
-    Add { spec: String },
-    Remove { name: String },
+    Add {
+        spec: String,
+    },
+    Remove {
+        name: String,
+    },
     Status,
     Upgrade,
     Tiers,
-    Empty { empty: bool },
-    AddTier { spec: String },
-    RemoveTier,
-    SetTier { spec: String },
+    Empty {
+        empty: bool,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        name: Option<String>,
+    },
+    AddTier {
+        spec: String,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        before: Option<String>,
+    },
+    RemoveTier {
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        name: Option<String>,
+    },
+    SetTier {
+        spec: String,
+    },
 }
 
 impl Request {
     /// Carried out by this process's end, or perhaps by it.
     fn ends_worker(&self) -> bool {
-        matches!(self, Request::Upgrade | Request::AddTier { .. } | Request::RemoveTier | Request::SetTier { .. })
+        matches!(
+            self,
+            Request::Upgrade | Request::AddTier { .. } | Request::RemoveTier { .. } | Request::SetTier { .. }
+        )
     }
 }
 
@@ -81,17 +101,24 @@ fn carry_out(exports: &Exports, desk: &Desk, request: serde_json::Result<Request
         Ok(Request::Upgrade) => desk.upgrade().map_err(|e| format!("{e:#}")),
         Ok(Request::Tiers) => {
             let store = exports.store();
-            return json!({"ok": true, "tiers": store.tiers(), "disk": store.stats().disk});
+            let stats = store.stats();
+            return json!({"ok": true, "tiers": store.tiers(), "disk": stats.disk, "disks": stats.disks});
         }
-        Ok(Request::Empty { empty: true }) => exports.store().empty_disk().map_err(|e| e.to_string()),
-        Ok(Request::Empty { empty: false }) => exports.store().drain_disk(false).map_err(|e| e.to_string()),
-        Ok(Request::AddTier { spec }) => spec
-            .parse()
-            .and_then(|tier| change_tiers(desk, |tiers| with_tier(tiers, tier)).map_err(|e| format!("{e:#}"))),
-        Ok(Request::RemoveTier) => match exports.one_below() {
-            Some(name) => Err(format!("export '{name}' has tiers=below: remove it first")),
-            None => change_tiers(desk, without_tier).map_err(|e| format!("{e:#}")),
-        },
+        Ok(Request::Empty { empty: true, name }) => {
+            exports.store().empty_tier(name.as_deref()).map_err(|e| e.to_string())
+        }
+        Ok(Request::Empty { empty: false, name }) => {
+            exports.store().drain_tier(name.as_deref(), false).map_err(|e| e.to_string())
+        }
+        Ok(Request::AddTier { spec, before }) => spec.parse().and_then(|tier| {
+            change_tiers(desk, |tiers| with_tier(tiers, tier, before.as_deref())).map_err(|e| format!("{e:#}"))
+        }),
+        Ok(Request::RemoveTier { name }) => {
+            match exports.one_below().filter(|_| exports.store().stats().disks.len() < 2) {
+                Some(export) => Err(format!("export '{export}' has tiers=below: remove it first")),
+                None => change_tiers(desk, |tiers| without_tier(tiers, name.as_deref())).map_err(|e| format!("{e:#}")),
+            }
+        }
         Ok(Request::SetTier { spec }) => spec.parse().and_then(|settings| change_settings(exports, desk, &settings)),
         Ok(Request::List) => return json!({"ok": true, "exports": exports.describe()}),
         Ok(Request::Add { spec }) => {
@@ -171,9 +198,9 @@ fn checked(answer: Value) -> Result<Value> {
     }
 }
 
-/// Has a tier below memory added.
-pub fn add_tier(path: &Path, tier: &TierConfig) -> Result<()> {
-    change_of_tiers(path, &Request::AddTier { spec: tier.to_string() })
+/// Has a tier below memory added: above the one that is called so, or below all others.
+pub fn add_tier(path: &Path, tier: &TierConfig, before: Option<String>) -> Result<()> {
+    change_of_tiers(path, &Request::AddTier { spec: tier.to_string(), before })
         .map_err(|e| anyhow!("the server serves on as it was: {e:#}"))
 }
 
@@ -186,14 +213,16 @@ pub fn set_tier(path: &Path, settings: &TierSettings) -> Result<()> {
     }
 }
 
-/// Has it emptied, and removed. When `ended` says so, or anything comes between, it is in use again.
-pub fn remove_tier(path: &Path, ended: &AtomicBool) -> Result<()> {
+/// Has one emptied, the one that is called so or the only one, and removed. When `ended` says so, or anything comes
+/// between, it is in use again.
+pub fn remove_tier(path: &Path, name: Option<String>, ended: &AtomicBool) -> Result<()> {
+    let emptied = |empty| Request::Empty { empty, name: name.clone() };
     let used_again = |why: anyhow::Error| {
         // Why it is not removed is what is to be told.
-        let _ = ask(path, &Request::Empty { empty: false });
+        let _ = ask(path, &emptied(false));
         Err(anyhow!("the tier is in use again: {why:#}"))
     };
-    ask(path, &Request::Empty { empty: true })?;
+    ask(path, &emptied(true))?;
     let (mut asked, mut told, mut first) = (Instant::now(), Instant::now(), None);
     loop {
         let answer = match ask(path, &Request::Tiers) {
@@ -204,7 +233,11 @@ pub fn remove_tier(path: &Path, ended: &AtomicBool) -> Result<()> {
             }
             Err(why) => return used_again(why),
         };
-        let bytes = |key: &str| answer["disk"][key].as_u64().unwrap_or(0);
+        let disks = answer["disks"].as_array().map_or(&[][..], Vec::as_slice);
+        let by_name = name.as_ref().and_then(|name| disks.iter().find(|disk| disk["name"] == name.as_str()));
+        // Of one alone that is what all of them are.
+        let disk = by_name.unwrap_or(&answer["disk"]);
+        let bytes = |key: &str| disk[key].as_u64().unwrap_or(0);
         let used = bytes("used_bytes");
         if used == 0 {
             break;
@@ -223,13 +256,13 @@ pub fn remove_tier(path: &Path, ended: &AtomicBool) -> Result<()> {
         }
         if asked.elapsed() >= ASK_ANEW_EVERY {
             asked = Instant::now();
-            if let Err(why) = ask(path, &Request::Empty { empty: true }) {
+            if let Err(why) = ask(path, &emptied(true)) {
                 return used_again(why);
             }
         }
         std::thread::sleep(LOOK_EVERY);
     }
-    change_of_tiers(path, &Request::RemoveTier).or_else(used_again)
+    change_of_tiers(path, &Request::RemoveTier { name: name.clone() }).or_else(used_again)
 }
 
 /// What tiers there are, to be printed.
@@ -239,13 +272,13 @@ pub fn list_tiers(path: &Path, as_json: bool) -> Result<String> {
     if as_json {
         return Ok(json!({ "tiers": tiers }).to_string());
     }
-    let mut lines = vec![format!("{:<6}{:>12}{:>12}{:>12}  {:<14}WHAT", "TIER", "LIMIT", "HELD", "LIVE", "STATE")];
+    let mut lines = vec![format!("{:<8}{:>12}{:>12}{:>12}  {:<14}WHAT", "TIER", "LIMIT", "HELD", "LIVE", "STATE")];
     for tier in tiers {
         let text = |key: &str| tier[key].as_str().unwrap_or("?").to_owned();
         let size = |key: &str| format_size(tier[key].as_u64().unwrap_or(0));
         let (limit, held, live) = (size("limit_bytes"), size("held_bytes"), size("live_bytes"));
         let (name, state, what) = (text("name"), text("state"), text("what"));
-        lines.push(format!("{name:<6}{limit:>12}{held:>12}{live:>12}  {state:<14}{what}"));
+        lines.push(format!("{name:<8}{limit:>12}{held:>12}{live:>12}  {state:<14}{what}"));
     }
     Ok(lines.join("\n"))
 }

@@ -60,8 +60,9 @@ struct Args {
     control: Option<PathBuf>,
     /// Where pages are kept: ram[,limit=SIZE|PERCENT%][,codec=lz4|zstd[:LEVEL]][,group=SIZE][,high=PERCENT%]
     /// [,low=PERCENT%]. A second one: how they are compressed again when they have lain still, as in
-    /// ram,codec=zstd:3,group=64K,idle=10m. Last, what lies below memory: file:PATH,size=SIZE, block:DEVICE, another
-    /// server's export, nbd:URI, or a bucket, s3:BUCKET/PREFIX,endpoint=URL
+    /// ram,codec=zstd:3,group=64K,idle=10m. Last, up to four below memory, each of which passes on to the next
+    /// what it has no room for: file:PATH,size=SIZE, block:DEVICE, another server's export, nbd:URI, or a bucket,
+    /// s3:BUCKET/PREFIX,endpoint=URL
     #[arg(long, value_name = "SPEC")]
     tier: Vec<TierConfig>,
     /// Most clients at once that have gone to an export [default: the store's]
@@ -77,7 +78,7 @@ struct Args {
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
     idle_time: Option<u32>,
     /// Most bytes of a connection's requests that wait, half of it for writes that wait for room, half for reads
-    /// that wait for the disk tier; 0: none waits, and all replies come in order
+    /// that wait for a disk tier; 0: none waits, and all replies come in order
     #[arg(long, value_name = "SIZE", default_value = "4M", value_parser = in_flight_bytes)]
     max_in_flight: usize,
     /// Replace a process of the server that shows no sign of life for so long; 0: never
@@ -172,6 +173,9 @@ enum TierCommand {
         /// s3:pages/node1,endpoint=https://s3.example.net
         #[arg(value_parser = below)]
         spec: TierConfig,
+        /// Above this one, by its name in `tier list` [default: below all others]
+        #[arg(long, value_name = "NAME")]
+        before: Option<String>,
     },
     /// Change settings of a tier, while exports are served
     #[command(after_help = SETTABLE)]
@@ -182,10 +186,12 @@ enum TierCommand {
         #[arg(value_name = "NAME KEY=VALUE", required = true)]
         words: Vec<String>,
     },
-    /// Empty the tier below memory and do without it from then on; ended halfway, it stays in use
+    /// Empty a tier below memory and do without it from then on; ended halfway, it stays in use
     Remove {
         #[command(flatten)]
         at: At,
+        /// Its name in `tier list`, if there are several below memory
+        name: Option<String>,
     },
 }
 
@@ -193,7 +199,8 @@ enum TierCommand {
 const SETTABLE: &str = "\
 ram   limit, high, low; codec, group: clients have to connect again
 cold  limit, idle, cpu; codec, group: clients have to connect again
-disk  timeout, connections, ca, cert, key, credentials, profile: likewise";
+disk  timeout, connections, ca, cert, key, credentials, profile: likewise; of several tiers below memory each by its
+      name in tier list";
 
 /// What `tier add` can add.
 fn below(text: &str) -> std::result::Result<TierConfig, String> {
@@ -207,17 +214,17 @@ impl TierCommand {
     fn run(self) -> Result<ExitCode> {
         match self {
             TierCommand::List { at, json } => println!("{}", control::list_tiers(&at.control, json)?),
-            TierCommand::Add { at, spec } => control::add_tier(&at.control, &spec)?,
+            TierCommand::Add { at, spec, before } => control::add_tier(&at.control, &spec, before)?,
             TierCommand::Set { at, words } => {
                 let settings = words.join(",").parse::<TierSettings>().map_err(bad_usage)?;
                 control::set_tier(&at.control, &settings)?;
             }
-            TierCommand::Remove { at } => {
+            TierCommand::Remove { at, name } => {
                 let ended = Arc::new(AtomicBool::new(false));
                 for signal in [SIGINT, SIGTERM] {
                     signal_hook::flag::register(signal, ended.clone()).context("cannot catch signals")?;
                 }
-                control::remove_tier(&at.control, &ended)?;
+                control::remove_tier(&at.control, name, &ended)?;
             }
         }
         Ok(ExitCode::SUCCESS)

@@ -133,7 +133,7 @@ fn a_tier_comes_and_goes_under_load() {
         for n in 0..CYCLES {
             tiered.does(&["tier", "add", &disk(n)]);
             assert_eq!(tiered.live_below(), Some(0));
-            tiered.refuses(1, &["tier", "add", &disk(n + 1)], "one at most");
+            tiered.refuses(1, &["tier", "add", &disk(n)], "two tiers");
             let mut client = tiered.client();
             (0..PAGES).for_each(|page| client.write_page(page, &noise(page, n)));
             assert!(tiered.live_below().unwrap() > 2 << 20, "{:?}", tiered.live_below());
@@ -172,6 +172,49 @@ fn a_tier_comes_and_goes_under_load() {
             assert_eq!(tiered.live_below(), None, "cycle {n}");
             tiered.compare(KEPT, n);
         }
+        drop(stopping);
+        loading.join().unwrap();
+    });
+    tiered.server.end();
+}
+
+/// One is added above another that is full, and takes over from it what memory has no room for.
+#[test]
+fn several_tiers_come_and_go_by_their_names() {
+    let tiered = Tiered::start("several");
+    let file =
+        |name: &str| format!("file:{}/{name},size=64M,prealloc=off,name={name}", tiered.server.directory.display());
+    let names = || -> Vec<String> {
+        let all: serde_json::Value = serde_json::from_str(&tiered.does(&["tier", "list", "--json"])).unwrap();
+        all["tiers"].as_array().unwrap().iter().map(|tier| tier["name"].as_str().unwrap().to_owned()).collect()
+    };
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let loading = scope.spawn(|| load(&tiered.server, &stop));
+        let stopping = Stop(&stop);
+        tiered.does(&["tier", "add", &file("first")]);
+        let mut client = tiered.client();
+        (0..PAGES).for_each(|page| client.write_page(page, &noise(page, 1)));
+        drop(client);
+        tiered.refuses(1, &["tier", "add", &file("above"), "--before", "nbd"], "no tier called nbd");
+        tiered.does(&["tier", "add", &file("above"), "--before", "first"]);
+        assert_eq!(names(), ["ram", "above", "first"]);
+        tiered.compare(PAGES, 1);
+        tiered.refuses(1, &["tier", "remove"], "say which");
+        tiered.refuses(1, &["tier", "set", "first,timeout=5s"], "of a file tier");
+        tiered.does(&["tier", "remove", "first"]);
+        assert_eq!(names(), ["ram", "above"]);
+        let worker = tiered.server.worker();
+        kill("KILL", worker);
+        tiered.server.next_worker(worker);
+        tiered.compare(PAGES, 1);
+        tiered.refuses(1, &["tier", "remove", "above"], "does not fit");
+        tiered.does(&["tier", "add", &file("first")]);
+        drop(tiered.does(&["upgrade"]));
+        assert_eq!(names(), ["ram", "above", "first"]);
+        tiered.does(&["tier", "remove", "above"]);
+        assert_eq!(names(), ["ram", "first"]);
+        tiered.compare(PAGES, 1);
         drop(stopping);
         loading.join().unwrap();
     });
@@ -252,7 +295,9 @@ fn settings_change_under_load_and_hold() {
             (2, "ram,limit=1K", "too small"),
             (2, "ram,high=95%", "from 2% to 93%"),
             (2, "ram,high=50%,low=60%", "must be below"),
-            (2, "hot,limit=1G", "tiers are ram, cold, disk"),
+            (2, "hot,limit=1G", "cannot be set of hot"),
+            (2, "Hot,limit=1G", "tiers are ram, cold"),
+            (1, "hot,timeout=5s", "no tier called hot"),
             (2, "ram,idle=5m", "cannot be set of ram"),
             (2, "disk,encrypt=off", "remove the tier"),
             (2, "disk,size=1G", "remove the tier"),
@@ -284,7 +329,7 @@ fn what_cannot_be_a_tier_is_refused_and_the_worker_serves_on() {
     tiered.refuses(1, &["tier", "add", &file(Path::new("/nowhere/cold"))], "No such file");
     tiered.refuses(2, &["tier", "add", "ram,limit=1G"], "only a tier below");
     tiered.refuses(2, &["tier", "add", "file:/x"], "wants a size");
-    tiered.refuses(1, &["tier", "remove"], "no disk tier");
+    tiered.refuses(1, &["tier", "remove"], "no tier below");
     assert_eq!(std::fs::read(&letter).unwrap(), b"dear all");
     assert_eq!(tiered.server.worker(), worker);
     // An export that must lie below keeps the tier there.

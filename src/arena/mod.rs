@@ -14,6 +14,7 @@
 //!
 //! Lock order: none here. The stacks are lock-free with a tag against ABA.
 
+mod bound;
 mod dictionaries;
 mod file;
 mod linked;
@@ -26,6 +27,7 @@ mod stack;
 mod standby;
 mod superblock;
 
+pub(crate) use bound::{AllBound, Bound};
 pub(crate) use dictionaries::{InArena, MOST_DICTIONARIES};
 pub use file::create_arena;
 pub(crate) use mapping::{host_memory, host_seconds};
@@ -34,11 +36,11 @@ pub(crate) use scan::Residency;
 pub use spare::Spare;
 pub(crate) use standby::Waiting;
 pub(crate) use superblock::Tuned;
-pub use superblock::VERSION as ARENA_VERSION;
+pub use superblock::{OLDEST as OLDEST_ARENA_VERSION, VERSION as ARENA_VERSION};
 
 use crate::config::Checked;
 use crate::error::{Error, Result};
-use crate::page::{FrameNo, MetaNo, SegmentId, VolumeId, CLUSTER_PAGES, PAGE_BYTES};
+use crate::page::{FrameNo, MetaNo, SegmentId, TierNo, VolumeId, CLUSTER_PAGES, PAGE_BYTES};
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 use linked::Linked;
 use mapping::Mapping;
@@ -137,26 +139,38 @@ impl Arena {
         self.map.file().fd()
     }
 
-    // --- the disk tier ------------------------------------------------------------------------
+    // --- the disk tiers -----------------------------------------------------------------------
 
-    /// The disk tier that pages may lie on, and its extents. None: nothing of it is below.
-    pub fn tier(&self) -> Option<([u8; 16], u32)> {
-        Superblock(&self.map).tier()
+    /// The disk tiers that pages may lie on, by their places here. None: nothing of it is there.
+    pub fn tiers(&self) -> AllBound {
+        Superblock(&self.map).tiers()
     }
-    pub fn set_tier(&self, id: &[u8; 16], extents: u32) {
-        Superblock(&self.map).set_tier(id, extents);
+    pub fn set_tier(&self, no: TierNo, tier: &Bound) {
+        Superblock(&self.map).set_tier(no, tier);
     }
-    /// There is none any more.
-    pub fn forget_tier(&self) {
-        Superblock(&self.map).forget_tier();
+    /// What its place is called, by a number.
+    pub fn rename_tier(&self, no: TierNo, place: u64) {
+        Superblock(&self.map).rename_tier(no, place);
+    }
+    /// There is none there any more.
+    pub fn forget_tier(&self, no: TierNo) {
+        Superblock(&self.map).forget_tier(no);
+    }
+    /// What was bound there before was called so.
+    pub fn place_before(&self, no: TierNo) -> u64 {
+        Superblock(&self.map).place_before(no)
     }
     /// Not zero: it is to be empty.
-    pub fn drain(&self) -> &AtomicU64 {
-        Superblock(&self.map).drain()
+    pub fn drain(&self, no: TierNo) -> &AtomicU64 {
+        Superblock(&self.map).drain(no)
     }
-    /// Extents to which writes of this store may come late: a number and one each, or 0.
-    pub fn late(&self) -> &[AtomicU32] {
-        Superblock(&self.map).late()
+    /// Extents of it to which writes of this store may come late: a number and one each, or 0.
+    pub fn late(&self, no: TierNo) -> &[AtomicU32] {
+        Superblock(&self.map).late(no)
+    }
+    /// Most extents that there may be, of all tiers.
+    pub fn max_extents(&self) -> u32 {
+        self.max_segments() - self.max_frames()
     }
     /// The limit that was set in the place of the configuration's.
     pub fn limit(&self, configured: u64) -> Option<u64> {

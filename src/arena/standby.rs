@@ -5,11 +5,12 @@
 //! GiB in a thousand; [`Waiting::keep_up`] makes them as the other store grows, by taking over one
 //! page of each. A page table stays when the other store gives its pages back.
 
+use super::bound::{tiers_of, AllBound};
 use super::dictionaries::MOST_DICTIONARIES;
 use super::file::ArenaFile;
 use super::mapping::Mapping;
 use super::scan::PAGE_TABLE_BYTES;
-use super::superblock::{tier_of, Geometry, Superblock};
+use super::superblock::{Geometry, Superblock};
 use super::{Spare, POPULATE_STEP, SEGMENT_ENTRY_BYTES};
 use crate::codec::MOST_BYTES;
 use crate::config::Checked;
@@ -89,11 +90,14 @@ impl Waiting {
         Superblock(map).grown_ids().load(Ordering::Acquire) as usize
     }
 
-    /// The tier below that it is bound to, and its extents.
-    pub fn tier(&self) -> Option<([u8; 16], u32)> {
+    /// The tiers below that it is bound to.
+    pub fn tiers(&self) -> AllBound {
         match &self.map {
-            MaybeMapped::Mapped(map) => Superblock(map).tier(),
-            MaybeMapped::File(file) => self.geometry().and_then(|_| tier_of(&file.start().ok()?)),
+            MaybeMapped::Mapped(map) => Superblock(map).tiers(),
+            MaybeMapped::File(file) => {
+                let start = self.geometry().and_then(|_| file.start().ok());
+                start.map_or_else(AllBound::default, |start| tiers_of(&start))
+            }
         }
     }
 

@@ -5,14 +5,16 @@
 //!      40  most pages that a record of this arena may hold · 48 codecs in use, a bit each
 //!      56  frames ever grown · 64 metadata pages ever grown: the watermarks of hugetlbfs
 //!      72  segments that the table has room for · 80 table entries ever grown
-//!      88  16 bytes: the disk tier that pages may lie on, 0: none · 104 32 bytes: the key they are sealed with
+//!      88  16 bytes: the first disk tier that pages may lie on, 0: none · 104 32 bytes: the key they are sealed with
 //!      136 memory limit by the configuration when 144 was set · 144 the limit in its place, 0: none
-//!      152 1: the disk tier is being drained · 160 extents of that tier
+//!      152 1: that tier is being drained · 160 its extents
 //!      168 no segment was sealed with a greater number when a part of the table was given back
 //!      176 a second memory tier's own limit by the configuration when 184 was set · 184 the one in its place, 0: none
 //!      192 three words, of idle time, share of a processor, marks: set in the configuration's place, and one; 0: none;
 //!          in the upper half the configuration's when it was set
-//!     1024 64 of 4 bytes: extents of a tier behind a server to which writes may come late, and one; 0: none
+//!      256 the four disk tiers, 64 bytes each: 0 id · 16 being drained · 24 extents (of the first these are above) ·
+//!          32 what the place was called where it is, 0: not known
+//!     1024 of each of the four 64 of 4 bytes: its extents to which writes may come late, and one; 0: none
 //!     2048 the dictionaries (`arena/dictionaries.rs`)
 //!     4096 the volumes, 64 bytes each: 0 size in bytes, 0: no such volume · 32 the 8 links of its map's root
 //! ```
@@ -20,34 +22,36 @@
 //! The magic is stored last, so an arena without it is one that was never handed out: empty. A
 //! volume's size is stored last, so a volume without it does not exist.
 
+use super::bound::{bound, AllBound, Bound, TierAt};
 use super::dictionaries::{LINKS, MOST_DICTIONARIES};
 use super::file::{ArenaFile, START_BYTES};
 use super::mapping::Mapping;
 use super::{ROOT_ENTRIES, SEGMENT_ENTRY_BYTES};
 use crate::config::Checked;
 use crate::error::{Error, Result};
-use crate::page::{VolumeId, MAX_VOLUMES, MAX_VOLUME_BYTES, PAGE_BYTES};
+use crate::page::{TierNo, VolumeId, MAX_VOLUMES, MAX_VOLUME_BYTES, PAGE_BYTES};
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 use crate::tier::{MAX_EXTENTS, NOTES};
 
 /// First 8 bytes of an arena.
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"GHOSTSWP");
-/// Version of an arena's layout; one of another is refused.
-pub const VERSION: u64 = 6;
+/// Version of the layout of the arenas that are made; one of a later is refused, or of one before [`OLDEST`].
+pub const VERSION: u64 = 7;
+/// An arena of this version is one of ours with no disk tier but the first. It stays so until there is another, so that
+/// whoever made it can have it back.
+pub const OLDEST: u64 = 6;
 
 const FRAMES_AT: usize = 24;
+const VERSION_AT: usize = 8;
 const GROUP_AT: usize = 40;
 const CODECS_AT: usize = 48;
 const GROWN_FRAMES_AT: usize = 56;
 const GROWN_META_AT: usize = 64;
 const MAX_SEGMENTS_AT: usize = 72;
 const GROWN_IDS_AT: usize = 80;
-const TIER_AT: usize = 88;
 const KEY_AT: usize = 104;
 const LIMIT_OF_AT: usize = 136;
 const LIMIT_AT: usize = 144;
-const DRAIN_AT: usize = 152;
-const EXTENTS_AT: usize = 160;
 const SEQUENCE_AT: usize = 168;
 const FIELDS_END: usize = 176;
 /// Not among the fields that an arena has before its magic; nor what follows.
@@ -106,9 +110,11 @@ impl Geometry {
         let word = |i: usize| u64::from_le_bytes(start[i * 8..i * 8 + 8].try_into().expect("8 bytes"));
         let bad = |why: String| Err(Error::BadArena(why));
         match (word(0), word(1)) {
-            (MAGIC, VERSION) => {}
-            (MAGIC, other) => return bad(format!("its format is version {other}; this program reads {VERSION}")),
-            (0, 0 | VERSION) if start[FIELDS_END..].iter().all(|b| *b == 0) && nothing_after_start(file)? => {
+            (MAGIC, OLDEST..=VERSION) => {}
+            (MAGIC, other) => {
+                return bad(format!("its format is version {other}; this program reads {OLDEST} to {VERSION}"));
+            }
+            (0, 0 | OLDEST..=VERSION) if start[FIELDS_END..].iter().all(|b| *b == 0) && nothing_after_start(file)? => {
                 return Ok(None)
             }
             _ => return bad("it is not an arena of ghostswap: its magic is missing".into()),
@@ -152,18 +158,6 @@ impl Geometry {
 /// the first page, all zero, has to do.
 fn nothing_after_start(file: &ArenaFile) -> Result<bool> {
     Ok(file.hugetlb() || file.next_data(START_BYTES, usize::MAX)?.is_none())
-}
-
-/// The disk tier that an arena with this start is bound to, and its extents.
-pub(super) fn tier_of(start: &[u8; START_BYTES]) -> Option<([u8; 16], u32)> {
-    let id: [u8; 16] = start[TIER_AT..TIER_AT + 16].try_into().expect("16 bytes");
-    let extents = u32::from_le_bytes(start[EXTENTS_AT..EXTENTS_AT + 4].try_into().expect("4 bytes"));
-    is_whole(&id).then_some((id, extents))
-}
-
-/// Of half an id nothing is bound: whoever bound the arena to it, or let it go, was killed on the way.
-fn is_whole(id: &[u8; 16]) -> bool {
-    id[..8] != [0; 8] && id[8..] != [0; 8]
 }
 
 /// What else can be set of tiers, each a number.
@@ -226,27 +220,43 @@ impl<'a> Superblock<'a> {
         self.bytes(KEY_AT)
     }
 
-    /// The disk tier that this arena's pages go to, and its extents.
-    pub fn tier(&self) -> Option<([u8; 16], u32)> {
-        let id: [u8; 16] = self.bytes(TIER_AT);
-        is_whole(&id).then(|| (id, self.0.u64_at(EXTENTS_AT).load(Ordering::Acquire) as u32))
+    /// The disk tiers that this arena's pages go to.
+    pub fn tiers(&self) -> AllBound {
+        std::array::from_fn(|no| bound(TierNo(no as u8), |at| self.0.u64_at(at).load(Ordering::Acquire)))
     }
 
-    /// Binds the arena to a disk tier, before anything goes there; it is bound to none. Killed half-way it still is.
-    pub fn set_tier(&self, id: &[u8; 16], extents: u32) {
-        let before = [(DRAIN_AT, 0), (EXTENTS_AT, u64::from(extents))];
-        for (at, v) in before.into_iter().chain((TIER_AT..).step_by(8).zip(words(id))) {
+    /// Binds a place of the arena's to a disk tier, before anything goes there; it is bound to none. Killed half-way it
+    /// still is. Programs that know of one tier only cannot read what comes of more.
+    pub fn set_tier(&self, no: TierNo, tier: &Bound) {
+        let at = TierAt::of(no);
+        if no != TierNo(0) {
+            self.0.u64_at(VERSION_AT).store(VERSION, Ordering::Release);
+        }
+        let before = [(at.drain, 0), (at.extents, u64::from(tier.extents)), (at.place, tier.place)];
+        for (at, v) in before.into_iter().chain((at.id..).step_by(8).zip(words(&tier.id))) {
             crash_point!("superblock: before a part of the tier");
             self.0.u64_at(at).store(v, Ordering::Release);
         }
     }
 
-    /// Binds it to none: nothing is there, and nobody will look there again. The first store does it.
-    pub fn forget_tier(&self) {
-        for at in [TIER_AT, TIER_AT + 8, DRAIN_AT, EXTENTS_AT] {
+    /// Its place is called so by now.
+    pub fn rename_tier(&self, no: TierNo, place: u64) {
+        self.0.u64_at(TierAt::of(no).place).store(place, Ordering::Release);
+    }
+
+    /// Binds that place to none: nothing is there, and nobody will look there again. The first store does it. What it was
+    /// called stays: should it come back, writes that may come late are known.
+    pub fn forget_tier(&self, no: TierNo) {
+        let at = TierAt::of(no);
+        for at in [at.id, at.id + 8, at.drain, at.extents] {
             crash_point!("superblock: before a part of the tier is forgotten");
             self.0.u64_at(at).store(0, Ordering::Release);
         }
+    }
+
+    /// What a place was called that is bound to none.
+    pub fn place_before(&self, no: TierNo) -> u64 {
+        self.0.u64_at(TierAt::of(no).place).load(Ordering::Acquire)
     }
 
     /// Numbers up to this one were given to sealed segments, whatever the table says.
@@ -297,13 +307,13 @@ impl<'a> Superblock<'a> {
     }
 
     /// Not zero: the disk tier is to be empty.
-    pub fn drain(&self) -> &'a AtomicU64 {
-        self.0.u64_at(DRAIN_AT)
+    pub fn drain(&self, no: TierNo) -> &'a AtomicU64 {
+        self.0.u64_at(TierAt::of(no).drain)
     }
 
-    /// Where writes of this store may land when it is no more.
-    pub fn late(&self) -> &'a [AtomicU32] {
-        self.0.halves_at(LATE_AT, NOTES)
+    /// Where on it writes of this store may land when it is no more.
+    pub fn late(&self, no: TierNo) -> &'a [AtomicU32] {
+        self.0.halves_at(LATE_AT + no.index() * NOTES * 4, NOTES)
     }
 
     /// What is said of the dictionary with that number: length and serial, checksum; its pages.
@@ -375,6 +385,7 @@ fn words(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
 
 #[cfg(test)]
 mod tests {
+    use super::super::bound::tiers_of;
     use super::*;
 
     #[test]
@@ -388,14 +399,18 @@ mod tests {
         let map = Mapping::new(file, geometry.layout().end).unwrap();
         let block = Superblock(&map);
         block.initialise(&geometry, &[7; 32]);
-        assert_eq!(block.tier(), None);
-        block.set_tier(&[3; 16], 6);
-        assert_eq!((block.tier(), block.key()), (Some(([3; 16], 6)), [7; 32]));
+        assert_eq!(block.tiers(), [None; 4]);
+        let bound = |id, extents| Bound { id: [id; 16], extents, place: 0x11 };
+        block.set_tier(TierNo(0), &bound(3, 6));
+        assert_eq!((block.tiers(), block.key()), ([Some(bound(3, 6)), None, None, None], [7; 32]));
         block.sequence().store(12, Ordering::Relaxed);
         assert_eq!((block.limit(9), block.frames()), (None, 64));
         block.set_limit(9, 7);
-        block.drain().store(1, Ordering::Relaxed);
-        block.late()[63].store(8, Ordering::Relaxed);
+        block.drain(TierNo(0)).store(1, Ordering::Relaxed);
+        block.late(TierNo(0))[63].store(8, Ordering::Relaxed);
+        block.set_tier(TierNo(2), &bound(5, 9));
+        block.drain(TierNo(2)).store(1, Ordering::Relaxed);
+        block.late(TierNo(3))[63].store(4, Ordering::Relaxed);
         assert_eq!((block.limit(9), block.limit(8)), (Some(7), None));
         assert_eq!((block.own_limit(0), block.tuned(Tuned::Cpu, 25)), (None, None));
         block.set_own_limit(0, 5);
@@ -414,7 +429,11 @@ mod tests {
         links[15].store(11, Ordering::Relaxed);
         assert_eq!((links.len(), block.dictionary_bytes()), (16, [0, 0, 0, 0, 0, 0, 4096]));
         let start = map.file().start().unwrap();
-        assert_eq!(tier_of(&start), block.tier());
+        assert_eq!(tiers_of(&start), block.tiers());
+        assert_eq!(block.tiers(), [Some(bound(3, 6)), None, Some(bound(5, 9)), None]);
+        assert_eq!((&start[256..288], &start[288..296]), (&[0; 32][..], &[0x11, 0, 0, 0, 0, 0, 0, 0][..]));
+        assert_eq!((&start[384..400], &start[400], &start[408], &start[416]), (&[5; 16][..], &1, &9, &0x11));
+        assert_eq!(start[2044..2048], 4u32.to_le_bytes());
         assert_eq!(start[..8], *b"GHOSTSWP");
         assert_eq!((&start[88..104], &start[104..136]), (&[3; 16][..], &[7; 32][..]));
         assert_eq!(start[1024 + 63 * 4..1024 + 64 * 4], 8u32.to_le_bytes());
@@ -436,8 +455,16 @@ mod tests {
         assert_eq!(block.volumes().unwrap().len(), 64);
         (64..1024).for_each(|v| block.volume_bytes(VolumeId(v)).store(8192, Ordering::Relaxed));
         assert_eq!(block.volumes().unwrap().len(), MAX_VOLUMES);
-        block.forget_tier();
-        assert_eq!((block.tier(), block.drain().load(Ordering::Relaxed)), (None, 0));
+        block.forget_tier(TierNo(0));
+        assert_eq!((block.tiers()[0], block.drain(TierNo(0)).load(Ordering::Relaxed)), (None, 0));
+        assert_eq!((block.place_before(TierNo(0)), block.tiers()[2]), (0x11, Some(bound(5, 9))));
+        // As a program made it that knows of one tier.
+        map.u64_at(8).store(OLDEST, Ordering::Relaxed);
+        assert_eq!(Geometry::found(map.file()).unwrap(), Some(geometry));
+        block.set_tier(TierNo(0), &bound(3, 6));
+        assert_eq!(map.u64_at(8).load(Ordering::Relaxed), OLDEST);
+        block.set_tier(TierNo(1), &bound(4, 6));
+        assert_eq!(map.u64_at(8).load(Ordering::Relaxed), VERSION);
         assert_eq!(Geometry::found(map.file()).unwrap(), Some(geometry));
     }
 }

@@ -4,6 +4,7 @@
 //! is opened anew with them, which is a take-over. What pages that lie on a tier could not be found or read without
 //! (where it is, how large, how it is sealed) cannot be set at all.
 
+use super::below::{named, parse_name, which};
 use super::nbd::NbdPlace;
 use super::s3::S3Place;
 use super::tier::key_and_value;
@@ -13,31 +14,31 @@ use std::fmt;
 use std::str::FromStr;
 
 /// A tier, as `tier list` calls it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TierName {
     /// Memory that is written to.
     Ram,
     /// Memory compressed again.
     Cold,
-    /// What lies below memory.
-    Disk,
+    /// One that lies below memory; `disk`, where there is one only.
+    Below(String),
 }
 
 impl TierName {
-    fn word(self) -> &'static str {
+    fn word(&self) -> &str {
         match self {
             TierName::Ram => "ram",
             TierName::Cold => "cold",
-            TierName::Disk => "disk",
+            TierName::Below(name) => name,
         }
     }
 
     /// Those that a store takes as they come, and those that it is opened anew for.
-    fn keys(self) -> [&'static [&'static str]; 2] {
+    fn keys(&self) -> [&'static [&'static str]; 2] {
         match self {
             TierName::Ram => [&["limit", "high", "low"], &["codec", "group", "dict"]],
             TierName::Cold => [&["limit", "idle", "cpu"], &["codec", "group", "dict"]],
-            TierName::Disk => [&[], &["timeout", "connections", "ca", "cert", "key", "credentials", "profile"]],
+            TierName::Below(_) => [&[], &["timeout", "connections", "ca", "cert", "key", "credentials", "profile"]],
         }
     }
 }
@@ -51,15 +52,15 @@ pub struct TierSettings {
 
 impl TierSettings {
     /// Whose.
-    pub fn name(&self) -> TierName {
-        self.name
+    pub fn name(&self) -> &TierName {
+        &self.name
     }
 
     /// Those that a store takes as they come, and those that it is opened anew for.
     pub fn split(&self) -> (Option<TierSettings>, Option<TierSettings>) {
         let [now, later] = self.name.keys().map(|keys| {
             let pairs: Vec<_> = self.pairs.iter().filter(|(key, _)| keys.contains(&key.as_str())).cloned().collect();
-            (!pairs.is_empty()).then_some(TierSettings { name: self.name, pairs })
+            (!pairs.is_empty()).then(|| TierSettings { name: self.name.clone(), pairs })
         });
         (now, later)
     }
@@ -71,24 +72,23 @@ impl TierSettings {
         if !matches!(all.first(), Some(TierConfig::Ram(_))) {
             all.insert(0, TierConfig::Ram(RamTier::default()));
         }
-        let missing = match self.name {
-            TierName::Ram | TierName::Cold => "there is no second memory tier",
-            TierName::Disk => "there is no tier below memory",
-        };
-        let place = match self.name {
+        let place = match &self.name {
             TierName::Ram => 0,
             TierName::Cold => 1,
-            TierName::Disk => all.len() - 1,
+            TierName::Below(name) => {
+                let (names, first) = named(&all);
+                first + which(&names, Some(name))?
+            }
         };
-        match (self.name, all.get_mut(place)) {
+        match (&self.name, all.get_mut(place)) {
             (TierName::Ram | TierName::Cold, Some(TierConfig::Ram(tier))) => {
                 *tier = self.of_ram(tier.clone()).map_err(bad)?;
             }
-            (TierName::Disk, Some(TierConfig::Disk(tier))) => {
+            (TierName::Below(_), Some(TierConfig::Disk(tier))) => {
                 self.pairs.iter().try_for_each(|(key, value)| tier.set(key, value)).map_err(bad)?;
                 tier.check().map_err(bad)?;
             }
-            _ => return Err(bad(missing.into())),
+            _ => return Err(bad("there is no second memory tier".into())),
         }
         // Of two memory tiers the second is to differ. How much memory there is they were measured by already.
         StoreConfig { tiers: all.clone(), ..StoreConfig::default() }.validate(u64::MAX)?;
@@ -104,7 +104,7 @@ impl TierSettings {
 
     /// What is wrong with a value, whatever the tier is like.
     fn check(&self) -> std::result::Result<(), String> {
-        if self.name != TierName::Disk {
+        if !matches!(self.name, TierName::Below(_)) {
             return self.of_ram(RamTier::default()).map(drop);
         }
         let mut nbd = NbdPlace::parse("nbds://any")?;
@@ -124,10 +124,15 @@ impl FromStr for TierSettings {
     type Err = String;
     fn from_str(s: &str) -> std::result::Result<Self, String> {
         let (name, rest) = s.split_once(',').unwrap_or((s, ""));
-        let all = [TierName::Ram, TierName::Cold, TierName::Disk];
-        let name = all.into_iter().find(|each| each.word() == name);
-        let name =
-            name.ok_or_else(|| format!("'{s}': a tier and settings, as in ram,limit=4G; tiers are ram, cold, disk"))?;
+        let name = match name {
+            "ram" => TierName::Ram,
+            "cold" => TierName::Cold,
+            below => TierName::Below(parse_name(below).map_err(|_| {
+                format!(
+                    "'{s}': a tier and settings, as in ram,limit=4G; tiers are ram, cold, and as tier list has them"
+                )
+            })?),
+        };
         let [now, later] = name.keys();
         let known = || [now, later].concat().join(", ");
         let mut pairs = Vec::new();
@@ -135,7 +140,7 @@ impl FromStr for TierSettings {
             let (key, value) = key_and_value(part)?;
             match key {
                 _ if now.contains(&key) || later.contains(&key) => pairs.push((key.into(), value.into())),
-                "size" | "encrypt" | "prealloc" | "endpoint" | "region" if name == TierName::Disk => {
+                "size" | "encrypt" | "prealloc" | "endpoint" | "region" if matches!(name, TierName::Below(_)) => {
                     return Err(format!(
                         "{key}= stays as it is while pages may lie there: remove the tier and add it anew"
                     ))
@@ -259,5 +264,8 @@ mod tests {
             assert!(!why.contains('\n'), "{text}: {why}");
         }
         assert!(with("disk,timeout=5s", &tiers(&["ram"])).unwrap_err().to_string().contains("no tier below"));
+        let three = tiers(&["ram", "file:/x,size=1G", "nbd:nbd://a/x", "nbd:nbd://b/x"]);
+        assert_eq!(with("nbd2,timeout=5s", &three).unwrap()[3], tiers(&["nbd:nbd://b/x,timeout=5s"])[0]);
+        assert!(with("disk,timeout=5s", &three).is_err() && with("file,timeout=5s", &three).is_err());
     }
 }

@@ -1,5 +1,6 @@
 //! A tier as the user gives it: `--tier KIND[:WHERE][,key=value…]`.
 
+use super::below::parse_name;
 use super::nbd::NbdPlace;
 use super::s3::{S3Place, DEFAULT_BYTES};
 use super::{parse_size, CodecChoice, Limit, MIN_LIMIT_BYTES};
@@ -14,7 +15,7 @@ pub enum TierConfig {
     /// `ram[,limit=SIZE|PERCENT%][,codec=lz4|zstd[:LEVEL]][,group=SIZE][,dict=SIZE|on|off][,high=PERCENT%]
     /// [,low=PERCENT%][,idle=TIME][,cpu=PERCENT%]`
     Ram(RamTier),
-    /// `file:PATH,size=SIZE[,encrypt=off][,prealloc=off]` or `block:PATH[,size=SIZE][,encrypt=off]` or
+    /// `file:PATH,size=SIZE[,encrypt=off][,prealloc=off][,name=NAME]` or `block:PATH[,size=SIZE][,encrypt=off][,name=NAME]` or
     /// `nbd:URI[,size=SIZE][,encrypt=off][,connections=N][,timeout=TIME][,ca=PATH][,cert=PATH,key=PATH]` or
     /// `s3:BUCKET[/PREFIX],endpoint=URL[,region=NAME][,size=SIZE][,encrypt=off][,connections=N][,timeout=TIME]
     /// [,ca=PATH][,credentials=PATH[,profile=NAME]]`
@@ -94,6 +95,8 @@ pub struct DiskTier {
     pub size: Option<u64>,
     /// Whether what goes there is encrypted. Otherwise it is only checked. Default: it is.
     pub encrypt: bool,
+    /// What `tier list` calls it, and whoever changes it. Default: by its kind, or `disk` where it is the only one.
+    pub name: Option<String>,
     /// Whether the file's space is taken at once. Default: it is, so that the file system has nothing to
     /// look for, and so to wait for, when memory is short.
     pub prealloc: bool,
@@ -222,7 +225,7 @@ fn ram<'a>(options: impl Iterator<Item = &'a str>) -> Result<RamTier, String> {
 pub(crate) const MIN_DISK_BYTES: u64 = 16 << 20;
 
 fn disk<'a>(place: Place, options: impl Iterator<Item = &'a str>) -> Result<DiskTier, String> {
-    let mut tier = DiskTier { place, size: None, encrypt: true, prealloc: true };
+    let mut tier = DiskTier { place, size: None, encrypt: true, name: None, prealloc: true };
     for part in options {
         let (key, value) = key_and_value(part)?;
         tier.set(key, value)?;
@@ -246,16 +249,17 @@ impl DiskTier {
             return set;
         }
         let (kind, known) = match &self.place {
-            Place::File(_) => ("a file", "size, encrypt, prealloc"),
-            Place::Block(_) => ("a block", "size, encrypt"),
-            Place::Nbd(_) => ("an nbd", "size, encrypt, connections, timeout, ca, cert, key"),
+            Place::File(_) => ("a file", "size, encrypt, prealloc, name"),
+            Place::Block(_) => ("a block", "size, encrypt, name"),
+            Place::Nbd(_) => ("an nbd", "size, encrypt, name, connections, timeout, ca, cert, key"),
             Place::S3(_) => {
-                ("an s3", "endpoint, region, size, encrypt, connections, timeout, ca, credentials, profile")
+                ("an s3", "endpoint, region, size, encrypt, name, connections, timeout, ca, credentials, profile")
             }
         };
         match key {
             "size" => self.size = Some(parse_size(value)?),
             "encrypt" => self.encrypt = on_or_off(key, value)?,
+            "name" => self.name = Some(parse_name(value)?),
             "prealloc" if matches!(self.place, Place::File(_)) => self.prealloc = on_or_off(key, value)?,
             _ => return Err(format!("unknown option '{key}' of {kind} tier: known are {known}")),
         }
@@ -370,6 +374,7 @@ impl fmt::Display for DiskTier {
         let off = |f: &mut fmt::Formatter<'_>, on: bool, key| if on { Ok(()) } else { write!(f, ",{key}=off") };
         off(f, self.encrypt, "encrypt")?;
         off(f, self.prealloc, "prealloc")?;
+        self.name.as_ref().map_or(Ok(()), |name| write!(f, ",name={name}"))?;
         match &self.place {
             Place::Nbd(nbd) => nbd.fmt(f),
             Place::S3(s3) => s3.fmt(f),

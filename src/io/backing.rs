@@ -216,7 +216,7 @@ mod tests {
     use super::*;
 
     fn tier(path: &std::path::Path) -> DiskTier {
-        DiskTier { place: Place::File(path.into()), size: Some(1 << 20), encrypt: true, prealloc: false }
+        DiskTier { place: Place::File(path.into()), size: Some(1 << 20), encrypt: true, name: None, prealloc: false }
     }
 
     #[test]

@@ -6,6 +6,7 @@ use super::remote::{Door, Remote, Tls, S3};
 use super::{Backing, TierKey};
 use crate::config::{DiskTier, Place};
 use crate::error::Result;
+use crate::page::{TierNo, MAX_TIERS_BELOW};
 use std::fmt;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
@@ -112,10 +113,10 @@ impl Medium {
     }
 
     /// How a requester with such a ring reads from it.
-    pub fn source(&self, ring: BorrowedFd<'_>) -> Result<Source> {
+    fn way(&self, ring: BorrowedFd<'_>) -> Result<From> {
         match self {
-            Medium::Disk(backing) => Ok(Source::disk(backing.fd().as_raw_fd())),
-            Medium::Remote(remote) => Ok(Source(From::Remote(Door::new(remote.clone(), ring)?))),
+            Medium::Disk(backing) => Ok(From::Disk(backing.fd().as_raw_fd())),
+            Medium::Remote(remote) => Ok(From::Remote(Door::new(remote.clone(), ring)?)),
         }
     }
 }
@@ -132,8 +133,28 @@ impl fmt::Display for Medium {
 /// Most ranges that are discarded at once.
 pub(crate) const MOST_DISCARDS: usize = 16;
 
-/// Where what is to be fetched is read from, by a requester with an io_uring of its own.
-pub struct Source(From);
+/// Where on which tier something is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct At {
+    tier: TierNo,
+    byte: u64,
+}
+
+impl At {
+    pub(crate) fn new(tier: TierNo, byte: u64) -> At {
+        At { tier, byte }
+    }
+
+    /// How far from its beginning.
+    pub fn byte(self) -> u64 {
+        self.byte
+    }
+}
+
+/// Where what is to be fetched is read from, by a requester with an io_uring of its own: the tiers by their places in
+/// the arena.
+#[derive(Default)]
+pub struct Source([Option<From>; MAX_TIERS_BELOW]);
 
 enum From {
     Disk(RawFd),
@@ -152,19 +173,26 @@ pub enum Begun {
 }
 
 impl Source {
-    pub(crate) fn disk(fd: RawFd) -> Source {
-        Source(From::Disk(fd))
+    /// For a requester with such a ring.
+    pub(crate) fn add(&mut self, tier: TierNo, medium: &Medium, ring: BorrowedFd<'_>) -> Result<()> {
+        self.0[tier.index()] = Some(medium.way(ring)?);
+        Ok(())
     }
 
-    /// Begins to read so many bytes from byte `at` on, or leaves that to the requester. Neither waits nor allocates.
+    #[cfg(test)]
+    pub(crate) fn disk(fd: RawFd) -> Source {
+        Source([Some(From::Disk(fd)), None, None, None])
+    }
+
+    /// Begins to read so many bytes from there on, or leaves that to the requester. Neither waits nor allocates.
     ///
     /// # Safety
     /// The buffer has so many bytes, and stays, with nobody looking into it, until the completion came; and so does
     /// this source.
-    pub unsafe fn begin(&self, at: u64, bytes: usize, buffer: *mut u8, user_data: u64) -> Begun {
-        match &self.0 {
+    pub unsafe fn begin(&self, at: At, bytes: usize, buffer: *mut u8, user_data: u64) -> Begun {
+        match self.0[at.tier.index()].as_ref().expect("what is fetched lies on a tier of the store") {
             From::Disk(fd) => Begun::ByYou(*fd),
-            From::Remote(door) if door.read(at, bytes as u32, buffer, user_data) => Begun::ByOthers,
+            From::Remote(door) if door.read(at.byte, bytes as u32, buffer, user_data) => Begun::ByOthers,
             From::Remote(_) => Begun::NotNow,
         }
     }

@@ -4,6 +4,7 @@
 mod backing;
 mod buffer;
 mod medium;
+mod pull;
 mod reads;
 mod remote;
 mod writes;
@@ -11,8 +12,9 @@ mod writes;
 pub(crate) use backing::{Backing, TierKey};
 pub use buffer::Buffer;
 pub(crate) use medium::Callers;
-pub use medium::{Begun, Source};
+pub use medium::{At, Begun, Source};
 pub(crate) use medium::{Medium, MOST_DISCARDS};
+pub(crate) use pull::Pull;
 pub use reads::{EndedRead, Reads};
 pub use remote::{Tls, S3};
 pub(crate) use writes::{EndedWrite, Writes};

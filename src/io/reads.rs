@@ -2,7 +2,7 @@
 //! a buffer of its own. Its descriptor is readable once one has ended, so it can be waited for beside others.
 #![allow(unsafe_code, reason = "submitting buffers that stay until the kernel has done with them")]
 
-use super::{Begun, Buffer, Source};
+use super::{At, Begun, Buffer, Source};
 use crate::error::{Error, Result};
 use crate::Lane;
 use io_uring::{opcode, types, IoUring};
@@ -16,7 +16,7 @@ pub struct Reads {
     /// By the number that a read was given. None: that number is free.
     buffers: Vec<Option<(Buffer, usize)>>,
     /// Reads that could not begin yet, and from where on.
-    held_back: Vec<(usize, u64)>,
+    held_back: Vec<(usize, At)>,
 }
 
 /// A read that has ended.
@@ -46,9 +46,9 @@ impl Reads {
         self.buffers.iter().all(Option::is_none)
     }
 
-    /// Begins to read `bytes` (whole blocks, not none) from byte `at` on, and says what number it has: less
+    /// Begins to read `bytes` (whole blocks, not none) from there on, and says what number it has: less
     /// than the most there may be, and no other that is under way has it. None: so many are under way.
-    pub fn start(&mut self, at: u64, bytes: usize) -> Option<usize> {
+    pub fn start(&mut self, at: At, bytes: usize) -> Option<usize> {
         let number = self.buffers.iter().position(Option::is_none)?;
         self.buffers[number] = Some((Buffer::new(bytes), bytes));
         if !self.begin(number, at) {
@@ -58,7 +58,7 @@ impl Reads {
     }
 
     /// False: not now.
-    fn begin(&mut self, number: usize, at: u64) -> bool {
+    fn begin(&mut self, number: usize, at: At) -> bool {
         let (buffer, bytes) = self.buffers[number].as_mut().expect("a read has a buffer");
         let (place, bytes, user_data) = (buffer.as_mut_ptr(), *bytes, number as u64);
         // SAFETY: the buffer is kept until the read's completion was seen: see `ended` and `Drop`. Moving it
@@ -67,7 +67,7 @@ impl Reads {
             Begun::ByOthers => return true,
             Begun::NotNow => return false,
             Begun::ByYou(fd) => {
-                let entry = opcode::Read::new(types::Fd(fd), place, bytes as u32).offset(at);
+                let entry = opcode::Read::new(types::Fd(fd), place, bytes as u32).offset(at.byte());
                 // SAFETY: as above.
                 let pushed = unsafe { self.ring.submission().push(&entry.build().user_data(user_data)) };
                 pushed.expect("a ring has an entry for each of its reads");
@@ -150,6 +150,7 @@ impl Drop for Reads {
 mod tests {
     use super::*;
     use crate::io::BLOCK_BYTES;
+    use crate::page::TierNo;
 
     #[test]
     fn many_at_once_each_with_its_own_bytes() {
@@ -159,7 +160,9 @@ mod tests {
         let file = std::fs::File::open(&path).unwrap();
         std::fs::remove_file(&path).unwrap();
         let mut reads = Reads::of(new_ring(4).unwrap(), Source::disk(file.as_raw_fd()), 4);
-        let start = |reads: &mut Reads, block: usize| reads.start((block * BLOCK_BYTES) as u64, BLOCK_BYTES);
+        let start = |reads: &mut Reads, block: usize| {
+            reads.start(At::new(TierNo(0), (block * BLOCK_BYTES) as u64), BLOCK_BYTES)
+        };
         // The last one is beyond the end of the file.
         let mut blocks: Vec<usize> = [0, 3, 7, 8].into();
         let numbers: Vec<_> = blocks.iter().map(|block| start(&mut reads, *block).unwrap()).collect();

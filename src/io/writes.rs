@@ -242,7 +242,13 @@ mod tests {
     fn what_is_written_is_there_and_a_full_disk_is_told() {
         use crate::config::{DiskTier, Place};
         let path = std::env::temp_dir().join(format!("ghostswap-writes-{}", std::process::id()));
-        let tier = DiskTier { place: Place::File(path.clone()), size: Some(4 << 20), encrypt: true, prealloc: false };
+        let tier = DiskTier {
+            place: Place::File(path.clone()),
+            size: Some(4 << 20),
+            encrypt: true,
+            name: None,
+            prealloc: false,
+        };
         let backing = Medium::open(&tier, &Default::default()).unwrap();
         let mut writes = Writes::new(2, 300 << 10).unwrap();
         assert!(writes.wait(&backing).is_none());

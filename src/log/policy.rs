@@ -110,6 +110,18 @@ pub(crate) fn demotion(p: &Pressure) -> u32 {
     }
 }
 
+/// How many segments are to leave a tier below memory for the next one. Hysteresis: it begins when fewer than an eighth of
+/// the extents are free, and ends when half as many again are.
+pub(crate) fn overflow(extents: u32, free: u32, moving: bool) -> u32 {
+    let begin = (extents / 8).max(1);
+    let end = begin + (extents / 16).max(1);
+    if free < begin || moving && free < end {
+        end - free
+    } else {
+        0
+    }
+}
+
 /// What is known of the pages that could be compressed again.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Heat {
@@ -271,6 +283,13 @@ mod tests {
         assert_eq!(demotion(&Pressure { moving: true, ..p }), 5);
         assert_eq!(demotion(&Pressure { moving: true, frames_growable: 11, ..p }), 0);
         assert_eq!(demotion(&Pressure { reserve: 12, ..p }), 8);
+    }
+
+    #[test]
+    fn segments_leave_a_tier_from_one_mark_to_the_other() {
+        assert_eq!([20, 19, 0].map(|free| overflow(160, free, false)), [0, 11, 30]);
+        assert_eq!([30, 29].map(|free| overflow(160, free, true)), [0, 1]);
+        assert_eq!([(2, false), (1, false), (0, false), (1, true)].map(|(f, m)| overflow(4, f, m)), [0, 0, 2, 1]);
     }
 
     #[test]

@@ -12,10 +12,12 @@
 //! records from end to end, as the cleaner needs it. Until `end_recount` the word that will say
 //! how many bytes are used holds the greatest offset that a slot named.
 
-use super::segment::{dictionary_of, Place, Segments, BELOW, CLEANING, FREE, OPEN, RETIRED, SEALED, STATE, USED_SHIFT};
+use super::segment::{
+    dictionary_of, word_below, Place, Segments, CLEANING, FREE, OPEN, RETIRED, SEALED, STATE, USED_SHIFT,
+};
 use crate::arena::{Arena, Resident};
 use crate::error::{Error, Result};
-use crate::page::SegmentId;
+use crate::page::{SegmentId, MAX_TIERS_BELOW};
 use std::sync::atomic::Ordering;
 
 /// The bit of a segment that has none.
@@ -29,8 +31,8 @@ pub(crate) struct Table {
     pub frames: Resident,
     /// One more than the highest id in use.
     pub end: u32,
-    /// How many of them are below.
-    pub below: u32,
+    /// How many of them are on which tier below.
+    pub below: [u32; MAX_TIERS_BELOW],
 }
 
 impl Segments {
@@ -53,8 +55,8 @@ impl Segments {
                     return cannot_be(format!("frame {}", f.0));
                 }
                 Place::Memory(f) => frames.set(f.0),
-                Place::Below(x) if !matches!(state, SEALED | CLEANING | RETIRED) => {
-                    return cannot_be(format!("extent {}", x.0));
+                Place::Below(at) if !matches!(state, SEALED | CLEANING | RETIRED) => {
+                    return cannot_be(format!("extent {}", at.extent.0));
                 }
                 // What is dead there is free from here on; whether the extents can be is asked for what is live.
                 Place::Below(_) => {}
@@ -97,7 +99,7 @@ impl Segments {
     /// Seals what holds live bytes and sets the rest free.
     pub fn end_recount(&self, arena: &Arena, entries: u32) -> Result<Table> {
         let (ids, frames) = (Resident::new(entries), Resident::new(arena.max_frames()));
-        let mut table = Table { ids, frames, end: 0, below: 0 };
+        let mut table = Table { ids, frames, end: 0, below: [0; MAX_TIERS_BELOW] };
         for id in 0..entries {
             let s = SegmentId(id);
             let e = arena.segment_entry(s);
@@ -112,9 +114,9 @@ impl Segments {
             table.end = id + 1;
             let frame = match place {
                 Place::Memory(frame) => frame,
-                Place::Below(extent) => {
-                    table.below += 1;
-                    e[0].store(SEALED | BELOW | u64::from(extent.0) << 32, Ordering::Release);
+                Place::Below(at) => {
+                    table.below[at.tier.index()] += 1;
+                    e[0].store(SEALED | word_below(at), Ordering::Release);
                     continue;
                 }
             };

@@ -2,8 +2,8 @@
 //! it is live; a lane or the cleaner appends to the open ones it owns.
 //!
 //! ```text
-//! entry word 0   7..0 state · 8 below: on the disk tier · 63..32 frame, or extent if below; of a free one the next
-//!                free one and one (`arena/linked.rs`)
+//! entry word 0   7..0 state · 8 below: on a disk tier · 10..9 which one, by its place in the arena · 63..32 frame, or
+//!                extent if below; of a free one the next free one and one (`arena/linked.rs`)
 //!            1   31..0 live bytes · 63..32 bytes used
 //!            2   sequence number at sealing: the age
 //!            3   31..0 when it was sealed, in seconds of the host's running · 32 cold: compressed again ·
@@ -23,7 +23,7 @@
 
 use crate::arena::Arena;
 use crate::log::record::{Header, GROUP_HEADER, SINGLE_HEADER};
-use crate::page::{ExtentNo, FrameNo, Placement, SegmentId};
+use crate::page::{ExtentNo, FrameNo, Placement, SegmentId, Spot, TierNo};
 use crate::sync::{fence, AtomicU64, Ordering};
 
 pub(super) const STATE: u64 = 0xff;
@@ -44,12 +44,14 @@ const DICTIONARY: u64 = 7 << DICTIONARY_SHIFT;
 const KIND: u64 = COLD | RAW | PLACEMENT | DICTIONARY;
 /// The number in the state's upper half is an extent.
 pub(super) const BELOW: u64 = 1 << 8;
+const TIER_SHIFT: u32 = 9;
+const TIER: u64 = 3 << TIER_SHIFT;
 
 /// Where a segment lives.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Place {
     Memory(FrameNo),
-    Below(ExtentNo),
+    Below(Spot),
 }
 
 impl Place {
@@ -57,16 +59,25 @@ impl Place {
         let n = (word >> 32) as u32;
         match word & BELOW {
             0 => Place::Memory(FrameNo(n)),
-            _ => Place::Below(ExtentNo(n)),
+            _ => Place::Below(Spot { tier: TierNo(((word & TIER) >> TIER_SHIFT) as u8), extent: ExtentNo(n) }),
         }
     }
+}
+
+/// What an entry says of where it lies, but for the state.
+pub(super) fn word_below(at: Spot) -> u64 {
+    u64::from(at.extent.0) << 32 | of_tier(at.tier)
+}
+
+fn of_tier(tier: TierNo) -> u64 {
+    BELOW | u64::from(tier.0) << TIER_SHIFT & TIER
 }
 
 /// A segment on disk, as it was when this was made: its records lie in that extent for as long as the
 /// segment has that sequence number.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Below {
-    pub extent: ExtentNo,
+    pub at: Spot,
     pub sequence: u64,
     pub used: usize,
     pub cold: bool,
@@ -142,14 +153,14 @@ impl Segments {
     pub fn below(&self, arena: &Arena, s: SegmentId) -> Option<Below> {
         let e = arena.segment_entry(s);
         let state = e[0].load(Ordering::Acquire);
-        let Place::Below(extent) = Place::of(state) else { return None };
+        let Place::Below(at) = Place::of(state) else { return None };
         if state & STATE == FREE {
             return None;
         }
         let (counts, sequence) = (e[1].load(Ordering::Relaxed), e[2].load(Ordering::Relaxed));
         let kind = e[3].load(Ordering::Relaxed);
         let (cold, dictionary) = (kind & COLD != 0, dictionary_of(kind));
-        Some(Below { extent, sequence, used: (counts >> USED_SHIFT) as usize, cold, dictionary })
+        Some(Below { at, sequence, used: (counts >> USED_SHIFT) as usize, cold, dictionary })
     }
 
     /// Notes that a page of it was read, for the mover.
@@ -183,10 +194,18 @@ impl Segments {
 
     /// Moves a claimed segment, whose records were written there, to an extent. Its frame may be used
     /// again after a grace period.
-    pub fn move_below(&self, arena: &Arena, s: SegmentId, to: ExtentNo) {
+    pub fn move_below(&self, arena: &Arena, s: SegmentId, to: Spot) {
         crash_point!("demote: written, still in memory");
-        arena.segment_entry(s)[0].store(CLEANING | BELOW | u64::from(to.0) << 32, Ordering::Release);
+        arena.segment_entry(s)[0].store(CLEANING | word_below(to), Ordering::Release);
         crash_point!("demote: below, frame not free");
+    }
+
+    /// The same of one below, from one tier to another. It has the number of its sealing as before, and so the same
+    /// bytes: whoever kept some of them may go on with those.
+    pub fn move_on(&self, arena: &Arena, s: SegmentId, to: Spot) {
+        crash_point!("sink: written, still where it was");
+        arena.segment_entry(s)[0].store(CLEANING | word_below(to), Ordering::Release);
+        crash_point!("sink: on the next tier, extent not free");
     }
 
     /// Counts bytes that a slot is about to name.
@@ -290,8 +309,8 @@ impl Segments {
         self.retired.len()
     }
 
-    /// Frees a retired segment after its grace period. Returns the extent that it was in, if it was below.
-    pub fn release(&self, arena: &Arena, s: SegmentId) -> Option<ExtentNo> {
+    /// Frees a retired segment after its grace period. Returns where it was, if it was below.
+    pub fn release(&self, arena: &Arena, s: SegmentId) -> Option<Spot> {
         let e = arena.segment_entry(s);
         let state = e[0].load(Ordering::Relaxed);
         debug_assert_eq!(state & STATE, RETIRED);
@@ -303,9 +322,9 @@ impl Segments {
                 arena.put_segment(s, frame);
                 None
             }
-            Place::Below(extent) => {
+            Place::Below(at) => {
                 arena.put_id(s);
-                Some(extent)
+                Some(at)
             }
         }
     }
@@ -315,14 +334,14 @@ impl Segments {
         self.counts(arena, s, SEALED)
     }
 
-    /// The same, if it is sealed, below.
-    pub fn sealed_below(&self, arena: &Arena, s: SegmentId) -> Option<(u32, u32, u64)> {
-        self.counts(arena, s, SEALED | BELOW)
+    /// The same, if it is sealed, on this tier.
+    pub fn sealed_below(&self, arena: &Arena, s: SegmentId, tier: TierNo) -> Option<(u32, u32, u64)> {
+        self.counts(arena, s, SEALED | of_tier(tier))
     }
 
     fn counts(&self, arena: &Arena, s: SegmentId, wanted: u64) -> Option<(u32, u32, u64)> {
         let e = arena.segment_entry(s);
-        if e[0].load(Ordering::Acquire) & (STATE | BELOW) != wanted {
+        if e[0].load(Ordering::Acquire) & (STATE | BELOW | TIER) != wanted {
             return None;
         }
         let counts = e[1].load(Ordering::Relaxed);

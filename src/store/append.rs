@@ -15,9 +15,9 @@ use std::sync::atomic::Ordering;
 /// streams. Lanes leave as many for the one that compresses again, if there is one.
 pub(super) const KEEP_FOR_CLEANER: u32 = 2;
 
-/// Frames that lanes leave: as many for the mover, if there is one.
+/// Frames that lanes leave: as many for each mover.
 pub(super) fn kept_by_lanes(config: &Checked) -> u32 {
-    KEEP_FOR_CLEANER * (1 + u32::from(config.cold.is_some()) + u32::from(config.below.is_some()))
+    KEEP_FOR_CLEANER * (1 + u32::from(config.cold.is_some()) + config.below.len() as u32)
 }
 
 /// Streams keep apart what will die or move at different times.
@@ -224,7 +224,7 @@ impl Appender {
         if ready <= reserve / 2 + 2 {
             s.wake_growth();
             s.wake_cleaner();
-            s.wake_mover();
+            s.wake_movers();
         }
         *place
     }

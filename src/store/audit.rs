@@ -8,7 +8,7 @@ use super::{Counters, Shared, Store};
 use crate::arena::{Residency, Resident};
 use crate::log::segment::Place;
 use crate::map::{walk, Kind, Reached};
-use crate::page::{SegmentId, VolumeId};
+use crate::page::{SegmentId, TierNo, VolumeId};
 use std::fmt::Write;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::PoisonError;
@@ -20,7 +20,8 @@ impl Store {
         let s = self.shared();
         let _growth = s.quiet[0].lock().unwrap_or_else(PoisonError::into_inner);
         let _cleaner = s.quiet[1].lock().unwrap_or_else(PoisonError::into_inner);
-        let _mover = s.quiet[2].lock().unwrap_or_else(PoisonError::into_inner);
+        let _movers: Vec<_> =
+            s.quiet[2..].iter().map(|quiet| quiet.lock().unwrap_or_else(PoisonError::into_inner)).collect();
         let lanes = s.lanes.lock().unwrap_or_else(PoisonError::into_inner);
         if lanes.iter().any(|taken| *taken) {
             return Err("lanes are open".into());
@@ -84,6 +85,19 @@ fn maps(s: &Shared, resident: &Resident, wrong: &mut String) -> std::result::Res
     Ok(claimed_nodes)
 }
 
+/// No extent holds two segments, and none lies where the tier has none.
+fn twice(s: &Shared, no: TierNo, places: &[Place], wrong: &mut String) {
+    let Some(lower) = s.lower_at(no) else { return };
+    let mut seen = Resident::new(lower.extents());
+    for place in places {
+        let Place::Below(at) = place else { continue };
+        if at.tier == no && at.extent.0 < lower.extents() && !seen.has(at.extent.0) {
+            seen.set(at.extent.0);
+        }
+    }
+    same(wrong, &format!("different extents of disk tier {}", no.0), u64::from(lower.taken()), seen.count().into());
+}
+
 /// Every resident page is in use, or free and on its stack.
 fn memory(s: &Shared, there: &Residency, nodes: u64, wrong: &mut String) {
     let held_frames = u64::from(s.held_frames.load(Ordering::Relaxed));
@@ -91,8 +105,13 @@ fn memory(s: &Shared, there: &Residency, nodes: u64, wrong: &mut String) {
     let known = s.known.load(Ordering::Acquire);
     let places: Vec<Place> = (0..known).filter_map(|id| s.segments.in_use(&s.arena, SegmentId(id))).collect();
     let used = places.len() as u64;
+    let on = |no| places.iter().filter(|place| matches!(place, Place::Below(at) if at.tier == no)).count() as u64;
+    for no in TierNo::all() {
+        let taken = s.lower_at(no).map_or(0, |lower| u64::from(lower.taken()));
+        same(wrong, &format!("extents in use of disk tier {}", no.0), taken, on(no));
+        twice(s, no, &places, wrong);
+    }
     let below = places.iter().filter(|place| matches!(place, Place::Below(_))).count() as u64;
-    same(wrong, "extents in use", s.lower.as_ref().map_or(0, |lower| u64::from(lower.taken())), below);
     same(wrong, "frames used and ready", used - below + u64::from(s.arena.frames_ready()), held_frames);
     same(wrong, "frames resident", held_frames, u64::from(there.frames.count()));
     same(wrong, "frames torn", 0, u64::from(there.torn.count()));

@@ -36,7 +36,7 @@ pub struct Held {
     pub lost_pages: u64,
     /// Bytes of records in memory.
     pub memory_bytes: u64,
-    /// Bytes of records on the disk tier.
+    /// Bytes of records on disk tiers.
     pub disk_bytes: u64,
 }
 

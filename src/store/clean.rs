@@ -163,8 +163,8 @@ impl Cleaner {
             for (group, mut bits) in lots.into_iter().take(count) {
                 while bits != 0 {
                     let id = SegmentId(group as u32 * 64 + bits.trailing_zeros());
-                    if let (Some(extent), Some(lower)) = (s.segments.release(&s.arena, id), &s.lower) {
-                        lower.give(extent);
+                    if let Some(at) = s.segments.release(&s.arena, id) {
+                        s.lower_at(at.tier).expect("what was below lay on a tier of the store").give(at.extent);
                     }
                     bits &= bits - 1;
                 }
@@ -192,7 +192,7 @@ impl Cleaner {
             }
         }
         let reserve = s.reserve.load(Ordering::Relaxed).max(grow::least_reserve(&s.config));
-        // Where the mover can make room, cleaning is for what is dead, not for the last byte.
+        // Where movers can make room, cleaning is for what is dead, not for the last byte.
         let growable = grow::growable_frames(s) + s.room_below();
         cleaning(s.arena.frames_ready(), growable, reserve, sealed, dead)
     }

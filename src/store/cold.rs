@@ -67,8 +67,9 @@ impl Unpacking {
         let seen = Seen { group_pages: config.group_pages_seen, codecs: config.codecs_seen };
         let begun = config.cold.is_none_or(|cold| seen.and(cold) == seen);
         let place = |_| Place { there: AtomicBool::new(false), share: Mutex::default() };
-        // The lanes', the cleaner's, the mover's.
-        Unpacking { begun: AtomicBool::new(begun), shares: (0..config.max_lanes + 2).map(place).collect() }
+        // The lanes', the cleaner's, the movers'.
+        let threads = config.max_lanes + 1 + config.below.len();
+        Unpacking { begun: AtomicBool::new(begun), shares: (0..threads).map(place).collect() }
     }
 
     fn put(&self, thread: usize, share: Share) {
@@ -106,7 +107,7 @@ impl Shared {
     /// Bytes that beginning to compress again takes.
     pub fn cost_of_cold(&self) -> u64 {
         let lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner).iter().filter(|taken| **taken).count();
-        COMPRESSOR_BYTES + SHARE_BYTES * (lanes as u64 + 2)
+        COMPRESSOR_BYTES + SHARE_BYTES * (lanes + 1 + self.lower.len()) as u64
     }
 
     /// Makes sure that whoever meets such a record can read it. Cleaner only.
@@ -116,7 +117,8 @@ impl Shared {
         if self.unpacking.begun.load(Ordering::Acquire) {
             return;
         }
-        let threads = lanes.iter().copied().chain([true, self.lower.is_some()]).enumerate();
+        let others = std::iter::repeat_n(true, 1 + self.lower.len());
+        let threads = lanes.iter().copied().chain(others).enumerate();
         for (thread, _) in threads.filter(|(_, decodes)| *decodes) {
             self.unpacking.put(thread, Share::new(cold, thread >= lanes.len()));
         }

@@ -1,5 +1,6 @@
-//! The mover: writes the oldest segments down to the disk tier when memory runs short, as they are:
-//! compressed and packed, several at once.
+//! The movers: each writes the oldest segments down to its disk tier when memory runs short, as they are:
+//! compressed and packed, several at once. Of several tiers the first does that which has room, and neither fails nor
+//! hangs; from one tier to another they are moved by the mover of the one that takes them (`demote/sink.rs`).
 //!
 //! Story of one segment: chosen (what does not compress first, then the oldest; one that was read since
 //! it was last chosen is passed over once); claimed as for cleaning, so that nobody else touches it; sealed
@@ -25,24 +26,27 @@
 //! anew, to memory first. The thread may wait for the disk as long as it likes: nothing waits for it but
 //! writes that find no room. It asks for no memory: the table is there from the start.
 
+mod sink;
 mod trouble;
+mod victims;
 
 use super::append::{Appender, KEEP_FOR_CLEANER};
 use super::survivors::Copier;
 use super::{grow, Shared};
-use crate::config::Marks;
 use crate::error::Result;
-use crate::io::{EndedWrite, Writes, BLOCK_BYTES};
-use crate::log::policy::{demotion, Pressure};
-use crate::log::segment::record_of;
-use crate::page::{ExtentNo, FrameNo, Placement, SegmentId};
+use crate::io::{EndedWrite, Pull, Writes, BLOCK_BYTES};
+use crate::log::policy::demotion;
+use crate::log::segment::{record_of, Place};
+use crate::page::{ExtentNo, Placement, SegmentId, Spot, MAX_TIERS_BELOW};
 use crate::stats::DiskStats;
 use crate::sync::nap;
 use crate::tier::{Lower, PAYLOAD};
+use sink::Sinking;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 use trouble::{Standing, LONGEST_REST};
+use victims::{choose, mostly_dead, pressure};
 
 /// Segments written at once.
 const WRITES: usize = 4;
@@ -57,11 +61,15 @@ const WANTED_EVERY: Duration = Duration::from_millis(500);
 /// What the mover needs that takes memory, made before it is needed.
 pub(super) struct Tools {
     writes: Writes,
+    /// For what comes from other tiers, if there are others.
+    pull: Option<Pull>,
 }
 
 impl Tools {
-    pub fn new(segment_bytes: usize) -> Result<Tools> {
-        Ok(Tools { writes: Writes::new(WRITES, segment_bytes.div_ceil(PAYLOAD) * BLOCK_BYTES)? })
+    /// `several`: there are other tiers.
+    pub fn new(segment_bytes: usize, several: bool) -> Result<Tools> {
+        let bytes = segment_bytes.div_ceil(PAYLOAD) * BLOCK_BYTES;
+        Ok(Tools { writes: Writes::new(WRITES, bytes)?, pull: several.then(|| Pull::new(bytes)).transpose()? })
     }
 
     /// Room to read to while nothing is written.
@@ -72,6 +80,8 @@ impl Tools {
 
 pub(super) struct Mover {
     shared: Arc<Shared>,
+    /// Where its tier stands in their order.
+    at: usize,
     tools: Tools,
     copier: Copier,
     /// The likeliest victims: how soon, age, segment.
@@ -87,6 +97,9 @@ pub(super) struct Mover {
     compact_after: Option<Instant>,
     /// Segments that could not be brought up, each by the number of its sealing.
     unreadable: Vec<(SegmentId, u64)>,
+    sinking: Sinking,
+    /// What other tiers are to be rid of waits while memory is short.
+    yields: bool,
 }
 
 /// What is to go down.
@@ -111,15 +124,17 @@ const BY_PRESSURE: Order =
 #[derive(Clone, Copy)]
 struct OnTheWay {
     segment: SegmentId,
-    frame: FrameNo,
+    from: Place,
     extent: ExtentNo,
 }
 
 impl Mover {
-    pub fn new(shared: Arc<Shared>, tools: Tools) -> Mover {
+    /// `at`: where its tier stands in their order.
+    pub fn new(shared: Arc<Shared>, at: usize, tools: Tools) -> Mover {
         let appender = Appender::new(&shared, KEEP_FOR_CLEANER);
-        let copier = Copier::new(&shared, appender, shared.mover_epoch());
+        let copier = Copier::new(&shared, appender, shared.mover_epoch(at));
         Mover {
+            at,
             tools,
             copier,
             likely: Vec::with_capacity(WRITES * 4 + 1),
@@ -129,6 +144,8 @@ impl Mover {
             standing: Standing::new(),
             compact_after: None,
             unreadable: Vec::with_capacity(MOST_UNREADABLE),
+            sinking: Sinking::new(),
+            yields: true,
             shared,
         }
     }
@@ -150,23 +167,30 @@ impl Mover {
     /// Some segments down, or one extent compacted or discarded. False: there was nothing to do.
     pub fn step(&mut self) -> bool {
         let shared = self.shared.clone();
-        let _busy = shared.quiet[2].lock().unwrap_or_else(PoisonError::into_inner);
+        let _busy = shared.quiet[2 + self.at].lock().unwrap_or_else(PoisonError::into_inner);
         self.copier.appender.close_old(&shared);
-        let Some(lower) = &shared.lower else { return false };
+        let lower = &shared.lower[self.at];
         if self.is_away(lower) || !lower.claim() || self.standing.rests() {
+            self.let_go(&shared);
             return false;
         }
         lower.tick(&shared.arena, self.tools.block());
-        let wanted = demotion(&pressure(&shared, self.moving));
+        let short = demotion(&pressure(&shared, self.moving));
+        // One tier takes what memory has no room for. If none can, each tries.
+        let is_first = shared.first_below().is_none_or(|first| first == self.at);
+        let wanted = if is_first { short } else { 0 };
         let failing = lower.counts.failing.load(Ordering::Relaxed);
-        if failing && (wanted == 0 || shared.draining()) && !self.probe(&shared, lower) {
+        if failing && (wanted == 0 || shared.draining(lower)) && !self.probe(&shared, lower) {
             return false;
         }
-        if shared.draining() {
-            shared.write_back.store(0, Ordering::Relaxed);
+        if shared.draining(lower) {
+            self.let_go(&shared);
+            if is_first {
+                shared.write_back.store(0, Ordering::Relaxed);
+            }
             // As much room as moving down would leave: draining is not to make others wait.
             self.moving = true;
-            let drained = wanted == 0 && self.may_compact() && self.bring_up(&shared, lower, |_| true);
+            let drained = short == 0 && self.may_compact() && self.bring_up(&shared, lower, |_| true);
             return drained || lower.discard_some(&shared.arena);
         }
         self.moving = wanted > 0;
@@ -174,7 +198,7 @@ impl Mover {
             return true;
         }
         let compacted = self.compact(&shared, lower);
-        let by_hand = shared.write_back.load(Ordering::Acquire);
+        let by_hand = if is_first { shared.write_back.load(Ordering::Acquire) } else { 0 };
         let order = match by_hand.checked_sub(1) {
             Some(age) if wanted == 0 => Some(Order {
                 idle_s: age as u32,
@@ -191,7 +215,8 @@ impl Mover {
             // Nothing of that age is left, or it cannot go. Unless the order is a newer one.
             let _ = shared.write_back.compare_exchange(by_hand, 0, Ordering::Relaxed, Ordering::Relaxed);
         }
-        self.move_wanted(&shared, lower) || compacted || lower.discard_some(&shared.arena)
+        let sank = self.relieve_others(&shared, lower);
+        is_first && self.move_wanted(&shared, lower) || sank || compacted || lower.discard_some(&shared.arena)
     }
 
     /// What a volume wants to have below, a part at a time.
@@ -211,33 +236,41 @@ impl Mover {
     #[cfg(feature = "crash-points")]
     pub fn move_now(&mut self) -> bool {
         let s = self.shared.clone();
-        let order = Order { most: WRITES, by_pressure: false, ..BY_PRESSURE };
-        s.lower.as_ref().is_some_and(|lower| lower.claim() && self.move_some(&s, lower, order))
+        let (order, lower) = (Order { most: WRITES, by_pressure: false, ..BY_PRESSURE }, &s.lower[self.at]);
+        lower.claim() && self.move_some(&s, lower, order)
     }
 
     /// The same.
     #[cfg(feature = "crash-points")]
     pub fn compact_now(&mut self) -> bool {
         let s = self.shared.clone();
-        s.lower.as_ref().is_some_and(|lower| lower.claim() && self.bring_up(&s, lower, mostly_dead))
+        let lower = &s.lower[self.at];
+        lower.claim() && self.bring_up(&s, lower, mostly_dead)
     }
 
     /// The same.
     #[cfg(feature = "crash-points")]
     pub fn drain_now(&mut self) -> bool {
         let s = self.shared.clone();
-        s.lower.as_ref().is_some_and(|lower| lower.claim() && self.bring_up(&s, lower, |_| true))
+        let lower = &s.lower[self.at];
+        lower.claim() && self.bring_up(&s, lower, |_| true)
     }
 
     /// False: nothing could be moved. While segments are written, the next ones are sealed.
     fn move_some(&mut self, s: &Shared, lower: &Lower, order: Order) -> bool {
+        self.likely.clear();
+        self.write_some(s, lower, order.most, |mover| mover.is_wanted(s, order) && mover.begin(s, lower, order))
+    }
+
+    /// Writes what `begin` begins to write, until that says that there is no more, and so many at most. False: nothing
+    /// was.
+    fn write_some(&mut self, s: &Shared, lower: &Lower, most: usize, begin: impl Fn(&mut Mover) -> bool) -> bool {
         if !self.is_ours(lower) {
             return false;
         }
         let (mut begun, mut moved, mut failed) = (0, 0, None);
-        self.likely.clear();
         loop {
-            while failed.is_none() && begun < order.most && self.is_wanted(s, order) && self.begin(s, lower, order) {
+            while failed.is_none() && begun < most && begin(self) {
                 begun += 1;
             }
             let Some(ended) = lower.wait_for(|| self.tools.writes.wait(&lower.medium)) else { break };
@@ -276,7 +309,7 @@ impl Mover {
             };
             let plain = s.arena.record_bytes(open.frame, 0, open.used);
             let bytes = lower.seal.close(plain, sequence, blocks);
-            self.on_the_way[buffer] = Some(OnTheWay { segment, frame: open.frame, extent });
+            self.on_the_way[buffer] = Some(OnTheWay { segment, from: Place::Memory(open.frame), extent });
             self.tools.writes.start(&lower.medium, buffer, bytes, lower.at(extent));
             return true;
         }
@@ -287,7 +320,11 @@ impl Mover {
     fn end(&mut self, s: &Shared, lower: &Lower, ended: EndedWrite) -> std::io::Result<()> {
         let way = self.on_the_way[ended.buffer].take().expect("a segment is written from each buffer");
         if ended.result.is_ok() {
-            s.segments.move_below(&s.arena, way.segment, way.extent);
+            let to = Spot { tier: lower.no, extent: way.extent };
+            match way.from {
+                Place::Memory(_) => s.segments.move_below(&s.arena, way.segment, to),
+                Place::Below(_) => s.segments.move_on(&s.arena, way.segment, to),
+            }
             lower.counts.bytes_written.fetch_add(ended.bytes as u64, Ordering::Relaxed);
             lower.counts.segments_written.fetch_add(1, Ordering::Relaxed);
         }
@@ -299,7 +336,10 @@ impl Mover {
         s.segments.end_cleaning(&s.arena, way.segment);
         if ended.result.is_ok() {
             s.epochs.wait(nap);
-            s.arena.put_frame(way.frame);
+            match way.from {
+                Place::Memory(frame) => s.arena.put_frame(frame),
+                Place::Below(from) => sink::left(s, from),
+            }
         }
         ended.result
     }
@@ -331,7 +371,7 @@ impl Mover {
     /// Copies what is live of the emptiest extent that is `wanted`, by its live and used bytes, to memory.
     fn bring_up(&mut self, s: &Shared, lower: &Lower, wanted: impl Fn((u32, u32)) -> bool) -> bool {
         let emptiest = (0..grow::known_segments(s)).map(SegmentId).filter_map(|id| {
-            let (live, used, _) = s.segments.sealed_below(&s.arena, id)?;
+            let (live, used, _) = s.segments.sealed_below(&s.arena, id, lower.no)?;
             let passed_over =
                 self.unreadable.iter().any(|(bad, as_)| *bad == id && s.segments.sealed_as(&s.arena, id) == Some(*as_));
             (live > 0 && wanted((live, used)) && !passed_over).then_some((live, id))
@@ -345,8 +385,13 @@ impl Mover {
     /// Copies what is live of an extent to memory, as old as it was unless told.
     fn bring_up_one(&mut self, s: &Shared, lower: &Lower, id: SegmentId, age_s: Option<u32>) -> bool {
         let Some(below) = s.segments.begin_cleaning_below(&s.arena, id) else { return false };
+        if below.at.tier != lower.no {
+            // It went on to another tier since it was chosen.
+            s.segments.end_cleaning(&s.arena, id);
+            return false;
+        }
         let blocks = &mut self.tools.block()[..below.used.div_ceil(PAYLOAD) * BLOCK_BYTES];
-        let read = lower.wait_for(|| lower.medium.read(blocks, lower.at(below.extent)));
+        let read = lower.wait_for(|| lower.medium.read(blocks, lower.at(below.at.extent)));
         let plain = read.is_ok().then(|| lower.seal.open(blocks, 0, below.sequence)).flatten();
         let copied = plain.map(|plain| {
             let age_s = age_s.unwrap_or_else(|| s.segments.past(&s.arena, id).0);
@@ -373,47 +418,6 @@ impl Mover {
     }
 }
 
-/// Lists the likeliest victims, the best last. Those that were read since they were last looked at are passed over,
-/// as far as there are others.
-fn choose(likely: &mut Vec<(u8, u64, SegmentId)>, s: &Shared, order: Order) {
-    let now = s.clock_s.load(Ordering::Relaxed);
-    let is_meant = |id, age| {
-        (order.idle_s == 0 || now.saturating_sub(s.segments.past(&s.arena, id).0) >= order.idle_s)
-            && (order.before == u64::MAX || s.segments.next_sequence().saturating_sub(age) < order.before)
-    };
-    for id in (0..grow::known_segments(s)).map(SegmentId) {
-        let Some((live, _, age)) = s.segments.sealed(&s.arena, id) else { continue };
-        let soon = match s.segments.placement(&s.arena, id) {
-            Placement::Memory => continue,
-            Placement::Below => 2,
-            Placement::Anywhere if order.wanted_below => continue,
-            Placement::Anywhere => u8::from(s.segments.is_raw(&s.arena, id)),
-        };
-        if live == 0 || !is_meant(id, age) {
-            continue;
-        }
-        let one = (soon, age, id);
-        let at = likely.partition_point(|other| (other.0, other.1) >= (one.0, one.1));
-        if at < WRITES * 4 {
-            likely.insert(at, one);
-            likely.truncate(WRITES * 4);
-        }
-    }
-    // As many as are written at once of those that were not read; the others have had their chance now.
-    let mut unread = 0;
-    for i in 0..likely.len() {
-        if unread == WRITES {
-            break;
-        }
-        if !s.segments.was_read(&s.arena, likely[i].2) {
-            likely.swap(unread, i);
-            unread += 1;
-        }
-    }
-    likely.truncate(WRITES);
-    likely.reverse();
-}
-
 /// An extent to write to; that it is written to, the next store would know.
 fn take_noted(s: &Shared, lower: &Lower) -> Option<ExtentNo> {
     let extent = lower.take()?;
@@ -424,32 +428,27 @@ fn take_noted(s: &Shared, lower: &Lower) -> Option<ExtentNo> {
     noted.then_some(extent)
 }
 
-fn pressure(s: &Shared, moving: bool) -> Pressure {
-    Pressure {
-        frames_ready: s.arena.frames_ready(),
-        frames_growable: grow::growable_frames(s),
-        frames_limit: (s.limit_bytes() / s.arena.segment_bytes() as u64) as u32,
-        reserve: s.reserve.load(Ordering::Relaxed),
-        // What comes back from a tier that is being drained may fill memory as if there were none.
-        marks: if s.draining() { Marks::default() } else { s.marks() },
-        moving,
+/// What lies on each disk tier, and what became of reading and writing it.
+pub(super) fn stats(s: &Shared) -> Vec<DiskStats> {
+    let mut live = [0; MAX_TIERS_BELOW];
+    for id in (0..grow::known_segments(s)).map(SegmentId) {
+        if let Place::Below(at) = s.segments.place(&s.arena, id) {
+            live[at.tier.index()] += s.segments.sealed_below(&s.arena, id, at.tier).map_or(0, |one| u64::from(one.0));
+        }
     }
+    let named = s.lower.iter().zip(&s.config.names);
+    named.map(|(lower, name)| stats_of(s, lower, name, live[lower.no.index()])).collect()
 }
 
-fn mostly_dead((live, used): (u32, u32)) -> bool {
-    live < used - used / 8
-}
-
-/// What lies on the disk tier, and what became of reading and writing it.
-pub(super) fn stats(s: &Shared, lower: &Lower) -> DiskStats {
+fn stats_of(s: &Shared, lower: &Lower, name: &str, live_bytes: u64) -> DiskStats {
     let count = |c: &std::sync::atomic::AtomicU64| c.load(Ordering::Relaxed);
-    let live = |id| s.segments.sealed_below(&s.arena, id).map_or(0, |(live, _, _)| u64::from(live));
     let c = &lower.counts;
     DiskStats {
+        name: name.into(),
         path: lower.to_string(),
         capacity_bytes: u64::from(lower.extents()) * lower.extent_bytes(),
         used_bytes: u64::from(lower.taken()) * lower.extent_bytes(),
-        live_bytes: (0..grow::known_segments(s)).map(SegmentId).map(live).sum(),
+        live_bytes,
         written_bytes: count(&c.bytes_written),
         written_segments: count(&c.segments_written),
         fetches: count(&c.fetches),
@@ -457,9 +456,12 @@ pub(super) fn stats(s: &Shared, lower: &Lower) -> DiskStats {
         beside_pages: count(&c.beside),
         compacted_segments: count(&c.compacted),
         promoted_segments: count(&c.promoted),
+        passed_on_segments: count(&c.passed_on),
         write_errors: count(&c.write_errors),
         read_errors: count(&c.read_errors),
-        unreadable_bytes: count(&c.unreadable) * lower.extent_bytes(),
+        // Some may be dead by now.
+        unreadable_bytes: count(&c.unreadable).max(count(&c.not_passed_on)).min(lower.taken().into())
+            * lower.extent_bytes(),
         corrupt: count(&c.corrupt),
         last_corrupt: (count(&c.corrupt) > 0).then(|| {
             let page = count(&c.last_corrupt);
@@ -467,7 +469,7 @@ pub(super) fn stats(s: &Shared, lower: &Lower) -> DiskStats {
         }),
         late_bytes: u64::from(lower.late()) * lower.extent_bytes(),
         failing: c.failing.load(Ordering::Relaxed),
-        draining: s.draining(),
+        draining: s.draining(lower),
         writing_back: s.write_back.load(Ordering::Relaxed) != 0,
     }
 }

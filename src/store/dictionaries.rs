@@ -19,11 +19,11 @@ use crate::codec::Dictionary;
 use crate::config::Checked;
 use crate::log::policy::emptying;
 use crate::log::segment::Place;
-use crate::page::SegmentId;
+use crate::page::{SegmentId, MAX_TIERS_BELOW};
 use crate::stats::DictionaryStats;
 use crate::sync::nap;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering};
-use std::sync::TryLockError;
+use std::sync::{Mutex, TryLockError};
 
 /// One that is in use.
 pub(crate) struct InUse {
@@ -182,10 +182,11 @@ impl Shared {
             return None;
         }
         // Of a mover that panicked nothing is opened any more.
-        let _mover_rests = match self.quiet[2].try_lock() {
-            Err(TryLockError::WouldBlock) => return None,
-            other => other,
-        };
+        let mut movers = self.quiet[2..].iter().map(Mutex::try_lock);
+        let movers_rest: [_; MAX_TIERS_BELOW] = std::array::from_fn(|_| movers.next().expect("each has one"));
+        if movers_rest.iter().any(|rests| matches!(rests, Err(TryLockError::WouldBlock))) {
+            return None;
+        }
         self.epochs.wait(nap);
         let census = self.census();
         for number in

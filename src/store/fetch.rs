@@ -1,4 +1,4 @@
-//! Reading what lies on the disk tier. A lane never waits for a disk of its own accord: it says what must
+//! Reading what lies on disk tiers. A lane never waits for a disk of its own accord: it says what must
 //! be read, [`Fetch`], whoever serves the request reads that ([`Lane::source`] says how: in its own io_uring, or by
 //! a carrier), and the lane takes the pages out of it.
 //!
@@ -17,7 +17,7 @@
 
 use super::{Lane, Shared};
 use crate::error::{Error, Result};
-use crate::io::{Source, BLOCK_BYTES};
+use crate::io::{At, Source, BLOCK_BYTES};
 use crate::log::record::{most_total, Header, GROUP_HEADER};
 use crate::log::segment::{record_of, Below};
 use crate::map::{Kind, Slot, Stored};
@@ -35,7 +35,7 @@ const REACH_BLOCKS: usize = 8;
 /// What is to be read for a page.
 #[derive(Clone, Copy, Debug)]
 pub struct Fetch {
-    at: u64,
+    at: At,
     bytes: usize,
     /// Of these, those for the first page.
     needed: usize,
@@ -49,8 +49,8 @@ pub struct Fetch {
 }
 
 impl Fetch {
-    /// The first byte, whole blocks of 4096.
-    pub fn at(&self) -> u64 {
+    /// Where its first byte is, of whole blocks of 4096.
+    pub fn at(&self) -> At {
         self.at
     }
 
@@ -106,19 +106,22 @@ impl Lane {
     /// Room that a fetch may need, aligned to 4096. 0: there is no disk tier.
     pub fn fetch_bytes(&self) -> usize {
         let s = self.store.shared();
-        s.lower.as_ref().map_or(0, |_| most_bytes(s.config.most_group_pages()))
+        s.lower.first().map_or(0, |_| most_bytes(s.config.most_group_pages()))
     }
 
     /// How fetches are read by a thread with an io_uring of its own. None: there is no tier below.
     pub fn source(&self, ring: BorrowedFd<'_>) -> Result<Option<Source>> {
-        self.store.shared().lower.as_ref().map(|lower| lower.medium.source(ring)).transpose()
+        let mut source = Source::default();
+        let all = &self.store.shared().lower;
+        all.iter().try_for_each(|lower| source.add(lower.no, &lower.medium, ring))?;
+        Ok((!all.is_empty()).then_some(source))
     }
 
     /// Takes pages out of what was fetched: the first bytes of the rest of a request, `offset` being what
     /// the fetch was for.
     pub fn take_fetched(&mut self, fetch: &Fetch, blocks: &mut [u8], offset: u64, buf: &mut [u8]) -> Result<Taken> {
         let s = self.store.shared().clone();
-        let lower = s.lower.as_ref().expect("what was fetched came from a disk tier");
+        let lower = tier_of(&s, fetch);
         lower.counts.fetches.fetch_add(1, Ordering::Relaxed);
         lower.counts.bytes_fetched.fetch_add(fetch.bytes as u64, Ordering::Relaxed);
         note(&s, lower, fetch.stored.segment);
@@ -163,7 +166,8 @@ impl Lane {
 
     /// The content of a page that lies in what was fetched for another. None: it does not. Within an epoch.
     pub(super) fn take_kept(&mut self, s: &Shared, page: PageNo, at: Stored, out: &mut [u8]) -> Option<Result<()>> {
-        let (lower, below) = (s.lower.as_ref()?, s.segments.below(&s.arena, at.segment)?);
+        let below = s.segments.below(&s.arena, at.segment)?;
+        let lower = s.lower_at(below.at.tier)?;
         let with = s.dictionaries.of(below.dictionary)?;
         let mut kept = self.kept.take()?;
         let found = kept.find(at.segment, below.sequence, at.offset as usize);
@@ -175,6 +179,7 @@ impl Lane {
         let done = taken.map(|(run, done)| {
             kept.was_of_use(run);
             lower.counts.beside.fetch_add(1, Ordering::Relaxed);
+            s.segments.touch(&s.arena, at.segment);
             note(s, lower, at.segment);
             done
         });
@@ -246,15 +251,16 @@ impl Lane {
     /// What to read for a page that is below. Within an epoch.
     pub(super) fn plan(&self, s: &Shared, page: PageNo, word: Slot, at: Stored) -> Result<Fetch> {
         let corrupt = || Error::Corrupt { page: page.0, segment: at.segment.0, offset: at.offset };
-        let lower = s.lower.as_ref().ok_or_else(corrupt)?;
         let below = s.segments.below(&s.arena, at.segment).ok_or_else(corrupt)?;
+        let lower = s.lower_at(below.at.tier).ok_or_else(corrupt)?;
+        s.segments.touch(&s.arena, at.segment);
         let named = s.dictionaries.get(below.dictionary);
         // A group's share does not tell how many share; a page alone costs what its record takes.
         let group_pages = if below.cold { s.config.most_group_pages() } else { s.config.group_pages };
         let likely = if group_pages > 1 { (at.share as usize + 1) * group_pages } else { at.share as usize };
         let first_block = at.offset as usize / PAYLOAD;
         let mut fetch = Fetch {
-            at: lower.at(below.extent) + (first_block * BLOCK_BYTES) as u64,
+            at: At::new(lower.no, lower.at(below.at.extent) + (first_block * BLOCK_BYTES) as u64),
             bytes: 0,
             needed: 0,
             page,
@@ -296,10 +302,14 @@ impl Lane {
     /// Reads what a fetch asks for and takes it, waiting for the disk.
     pub(super) fn fetch_now(&mut self, mut fetch: Fetch, offset: u64, buf: &mut [u8]) -> Result<usize> {
         let s = self.store.shared().clone();
-        let lower = s.lower.as_ref().expect("what is to be fetched is on a disk tier");
+        let lower = tier_of(&s, &fetch);
         let mut blocks = self.blocks.take().expect("a lane of a store with a disk tier has room for a fetch");
         let taken = loop {
             if let Err(source) = read(lower, &fetch, &mut blocks) {
+                if self.still_there(&fetch, fetch.page) != Some(fetch.word) {
+                    // It is elsewhere by now, where it may be read.
+                    break Ok(0);
+                }
                 break Err(Error::Unreadable { page: fetch.page.0, segment: fetch.stored.segment.0, source });
             }
             match self.take_fetched(&fetch, &mut blocks, offset, buf) {
@@ -314,24 +324,26 @@ impl Lane {
 
     /// Counts a read that the disk refused. The error for a page that is given up on.
     pub fn fetch_failed(&self, fetch: &Fetch, source: std::io::Error) -> Error {
-        if let Some(lower) = &self.store.shared().lower {
-            lower.counts.read_errors.fetch_add(1, Ordering::Relaxed);
-        }
+        tier_of(self.store.shared(), fetch).counts.read_errors.fetch_add(1, Ordering::Relaxed);
         Error::Unreadable { page: fetch.page.0, segment: fetch.stored.segment.0, source }
     }
+}
+
+fn tier_of<'s>(s: &'s Shared, fetch: &Fetch) -> &'s Lower {
+    s.lower_at(fetch.below.at.tier).expect("what is fetched lies on a tier of the store")
 }
 
 /// Notes that pages of a segment are asked for.
 fn note(s: &Shared, lower: &Lower, segment: SegmentId) {
     if lower.asked.note(segment) {
-        s.wake_mover();
+        s.wake_movers();
     }
 }
 
 fn read(lower: &Lower, fetch: &Fetch, blocks: &mut [u8]) -> std::io::Result<()> {
     let mut pauses = RETRIES_MS.iter();
     loop {
-        match lower.medium.read(&mut blocks[..fetch.bytes], fetch.at) {
+        match lower.medium.read(&mut blocks[..fetch.bytes], fetch.at.byte()) {
             Ok(()) => return Ok(()),
             Err(e) => {
                 lower.counts.read_errors.fetch_add(1, Ordering::Relaxed);

@@ -35,12 +35,12 @@ pub(super) fn known_segments(s: &Shared) -> u32 {
 }
 
 /// Ids that there must be, so that whoever finds a free frame finds an id: one for every frame and one that
-/// is being added. Above a disk those of all its extents, at once: the mover frees memory, so it must not wait for the
-/// memory of a table entry. (32 bytes for each segment that the disk can hold.)
+/// is being added. Above disks those of all their extents, at once: movers free memory, so they must not wait for the
+/// memory of a table entry. (32 bytes for each segment that the disks can hold.)
 pub(super) fn wanted_ids(s: &Shared) -> u32 {
-    match s.lower {
-        Some(_) => most_ids(&s.arena, s.lower.as_ref()),
-        None => (s.held_frames.load(Ordering::Acquire) + 1).min(s.arena.max_frames()),
+    match s.lower.as_slice() {
+        [] => (s.held_frames.load(Ordering::Acquire) + 1).min(s.arena.max_frames()),
+        lower => most_ids(&s.arena, lower),
     }
 }
 

@@ -13,6 +13,7 @@ use crate::log::segment::Place;
 use crate::map::{swap_if, Kind, Slot, Stored};
 use crate::page::{PageNo, VolumeId, CLUSTER_PAGES, PAGE_BYTES, SECTOR_BYTES};
 use crate::sync::yield_now;
+use crate::tier::Lower;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -20,7 +21,7 @@ use std::time::Duration;
 const EPOCH_PAGES: usize = 16;
 /// A blocking write that makes no progress for this long is refused.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// The same while the disk tier has not answered. Whoever is to mend a disk may need the memory that waits for
+/// The same while a disk tier has not answered. Whoever is to mend a disk may need the memory that waits for
 /// it, so it has an end too.
 const PATIENCE_WITH_DISK: Duration = Duration::from_secs(10);
 
@@ -56,8 +57,8 @@ impl Lane {
         let appender = Appender::new(s, kept_by_lanes(&s.config));
         let seen = s.seen().group_pages;
         let group = vec![0xa5; if seen > 1 { seen * PAGE_BYTES } else { 0 }];
-        let blocks = s.lower.as_ref().map(|_| Buffer::new(most_bytes(s.config.most_group_pages())));
-        let kept = s.lower.as_ref().map(|_| Kept::new());
+        let blocks = s.lower.first().map(|_| Buffer::new(most_bytes(s.config.most_group_pages())));
+        let kept = s.lower.first().map(|_| Kept::new());
         Ok(Lane { volume, index, appender, group: group.into(), group_of: None, spent: false, blocks, kept, store })
     }
 
@@ -214,12 +215,12 @@ impl Lane {
         Ok(())
     }
 
-    /// How long a write without any progress is to wait for room before it is refused: longer while the disk
+    /// How long a write without any progress is to wait for room before it is refused: longer while a disk
     /// tier, which is to make that room, has not answered.
     pub fn patience(&self) -> Duration {
-        match &self.store.shared().lower {
-            Some(lower) if lower.is_slow() => PATIENCE_WITH_DISK,
-            _ => PATIENCE,
+        match self.store.shared().lower.iter().any(Lower::is_slow) {
+            true => PATIENCE_WITH_DISK,
+            false => PATIENCE,
         }
     }
 
@@ -306,7 +307,7 @@ impl Lane {
                 };
             }
         };
-        if s.lower.is_some() {
+        if !s.lower.is_empty() {
             s.segments.touch(&s.arena, at.segment);
         }
         let record = s.segments.record(&s.arena, frame, at.offset as usize);

@@ -3,8 +3,8 @@
 //! Who does what: *lanes* (one to an I/O thread) read and write and never wait; the *growth*
 //! thread alone asks the host for memory and gives it back; the *cleaner* thread copies what is
 //! live out of segments that are mostly dead, returns memory after its grace period, and compresses
-//! again what has long lain still; the *mover* thread, if there is a disk tier, writes the oldest
-//! segments down to it when memory runs short.
+//! again what has long lain still; a *mover* thread for each disk tier writes the oldest segments down
+//! to it when memory, or the tier above, runs short.
 //!
 //! What a store holds is in its arena, and everything else can be made anew from that
 //! (`recover.rs`); `audit.rs` says the same invariants once more, as a check.
@@ -50,15 +50,14 @@ pub use steps::Steps;
 use crate::arena::{create_arena, host_seconds, Arena, Tuned, Waiting};
 use crate::config::{Checked, StoreConfig};
 use crate::error::{Error, Result};
-use crate::io::Medium;
 use crate::log::epoch::Epochs;
 use crate::log::segment::Segments;
 use crate::map::{Kind, Map, Slot};
-use crate::page::{Placement, VolumeId, MAX_VOLUMES, PAGE_BYTES};
-use crate::stats::Stats;
+use crate::page::{Placement, VolumeId, MAX_TIERS_BELOW, MAX_VOLUMES, PAGE_BYTES};
+use crate::stats::{DiskStats, Stats};
 use crate::tier::Lower;
 use crate::volume::Volume;
-use attach::{attach, New};
+use attach::{attach, Wanted};
 use charge::Charges;
 use cold::Unpacking;
 use dictionaries::Dictionaries;
@@ -90,8 +89,8 @@ pub(crate) struct Shared {
     pub arena: Arena,
     pub map: Map,
     pub segments: Segments,
-    /// The disk tier.
-    pub lower: Option<Lower>,
+    /// The disk tiers, in the order in which pages go down.
+    pub lower: Vec<Lower>,
     pub epochs: Epochs,
     pub unpacking: Unpacking,
     pub dictionaries: Dictionaries,
@@ -127,18 +126,18 @@ pub(crate) struct Shared {
     pub clock_s: AtomicU32,
     growth: OnceLock<Thread>,
     cleaner: OnceLock<Thread>,
-    mover: OnceLock<Thread>,
+    movers: [OnceLock<Thread>; MAX_TIERS_BELOW],
     lanes: Mutex<Vec<bool>>,
     /// How many there are.
     volumes: Mutex<usize>,
     /// Held while limits and other settings are changed.
     changing: Mutex<()>,
-    /// Held by growth, by the cleaner and by the mover while they do anything.
-    pub quiet: [Mutex<()>; 3],
+    /// Held by growth, by the cleaner and by each mover while they do anything.
+    pub quiet: [Mutex<()>; 2 + MAX_TIERS_BELOW],
 }
 
 impl Shared {
-    fn new(config: Checked, arena: Arena, map: Map, segments: Segments, lower: Option<Lower>, found: &Found) -> Shared {
+    fn new(config: Checked, arena: Arena, map: Map, segments: Segments, lower: Vec<Lower>, found: &Found) -> Shared {
         let counters: Box<[Counters]> = (0..=config.max_lanes).map(|_| Counters::default()).collect();
         let before = &counters[config.max_lanes];
         bump(&before.stored_pages, found.pages.stored);
@@ -154,8 +153,8 @@ impl Shared {
             map,
             segments,
             lower,
-            // The lanes', the cleaner's, the mover's.
-            epochs: Epochs::new(config.max_lanes + 2),
+            // The lanes', the cleaner's, the movers'.
+            epochs: Epochs::new(config.max_lanes + 1 + config.below.len()),
             unpacking: Unpacking::new(&config),
             dictionaries: Dictionaries::new(&config, &found.dictionaries),
             counters,
@@ -178,11 +177,11 @@ impl Shared {
             clock_s: AtomicU32::new(0),
             growth: OnceLock::new(),
             cleaner: OnceLock::new(),
-            mover: OnceLock::new(),
+            movers: Default::default(),
             lanes: Mutex::new(vec![false; config.max_lanes]),
             volumes: Mutex::new(found.volumes),
             changing: Mutex::new(()),
-            quiet: [Mutex::new(()), Mutex::new(()), Mutex::new(())],
+            quiet: Default::default(),
             arena,
             config,
         }
@@ -196,16 +195,6 @@ impl Shared {
 
     pub fn limit_bytes(&self) -> u64 {
         self.limit.load(Ordering::Relaxed)
-    }
-
-    /// The disk tier is to be empty: nothing goes there, and what is there comes back.
-    pub fn draining(&self) -> bool {
-        self.arena.drain().load(Ordering::Relaxed) != 0
-    }
-
-    /// Segments that may be expected to find room on the disk tier.
-    pub fn room_below(&self) -> u32 {
-        self.lower.as_ref().filter(|_| !self.draining()).map_or(0, Lower::room)
     }
 
     pub fn wake_growth(&self) {
@@ -224,14 +213,13 @@ impl Shared {
     pub fn cleaner_epoch(&self) -> usize {
         self.config.max_lanes
     }
-    pub fn mover_epoch(&self) -> usize {
-        self.config.max_lanes + 1
+    /// The mover's of the disk tier that stands there in their order.
+    pub fn mover_epoch(&self, at: usize) -> usize {
+        self.config.max_lanes + 1 + at
     }
 
-    pub fn wake_mover(&self) {
-        if let Some(t) = self.mover.get() {
-            t.unpark();
-        }
+    pub fn wake_movers(&self) {
+        self.movers.iter().filter_map(OnceLock::get).for_each(Thread::unpark);
     }
 
     /// Accounts for a slot word that was replaced.
@@ -309,9 +297,9 @@ impl Store {
     /// open (it would give up the lock that keeps a second process out; see `arena/file.rs`).
     ///
     /// The arena keeps the geometry it was made with. The configuration may differ in all but a
-    /// `segment_bytes` that is given; a limit above that of the arena's first store is cut to it. A tier
-    /// below memory may be added; it may be left out, or be another, once nothing of the arena lies there (see
-    /// [`Store::drain_disk`]). One behind a server is replaced by opening the arena once without it.
+    /// `segment_bytes` that is given; a limit above that of the arena's first store is cut to it. Tiers
+    /// below memory may be added, and stand in another order; one may be left out, or another be in its place, once
+    /// nothing of the arena lies there (see [`Store::drain_tier`]).
     /// An arena that cannot be opened is refused with [`Error::BadArena`] and keeps what it holds.
     ///
     /// No more memory is asked for here than the walk over an arena found needs. Growth, and the
@@ -376,7 +364,7 @@ impl Store {
     pub(crate) fn set_placement(&self, id: VolumeId, placement: Placement) -> Result<()> {
         let s = self.shared();
         if placement == Placement::Below {
-            if s.lower.is_none() {
+            if s.lower.is_empty() {
                 return Err(Error::InvalidConfig("there is no tier below memory".into()));
             }
             s.some_below.store(true, Ordering::Relaxed);
@@ -413,6 +401,7 @@ impl Store {
         let live = |id| u64::from(s.segments.live(&s.arena, id));
         let live_bytes = (0..known).map(crate::page::SegmentId).map(live).sum();
         let volumes = self.volume_count();
+        let disks = demote::stats(s);
         Stats {
             volumes: volumes as u64,
             virtual_bytes: (0..volumes).map(|v| self.volume_bytes(VolumeId(v as u16))).sum(),
@@ -439,7 +428,8 @@ impl Store {
                 .sum(),
             recompressed_segments: s.recompressed.load(Ordering::Relaxed),
             dictionaries: s.dictionaries.stats(),
-            disk: s.lower.as_ref().map(|lower| demote::stats(s, lower)),
+            disk: DiskStats::of_all(&disks),
+            disks,
         }
     }
 
@@ -470,20 +460,15 @@ fn check_volume_bytes(bytes: u64) -> Result<()> {
 }
 
 /// Everything but the threads. True: the arena was empty.
-fn build(
-    mut config: Checked,
-    waiting: Waiting,
-    medium: Option<Medium>,
-    new: Option<New>,
-) -> Result<(Arc<Shared>, grow::Growth, bool)> {
+fn build(mut config: Checked, waiting: Waiting, below: Vec<Wanted>) -> Result<(Arc<Shared>, grow::Growth, bool)> {
     let begun = Instant::now();
     let (arena, found) = Arena::open(&mut config, waiting)?;
     let (map, mut segments) = (Map::new(), Segments::new(0));
     let (what, lower) = if found {
-        recover::recover(&arena, &mut segments, &map, |below| attach(&config, &arena, medium, new, below))?
+        recover::recover(&arena, &mut segments, &map, |there| attach(&config, &arena, below, there))?
     } else {
-        let lower = attach(&config, &arena, medium, new, 0)?;
-        segments.make_room(recover::most_ids(&arena, lower.as_ref()));
+        let lower = attach(&config, &arena, below, Default::default())?;
+        segments.make_room(recover::most_ids(&arena, &lower));
         (Found::nothing(&arena), lower)
     };
     if found {

@@ -52,8 +52,9 @@ fn store() -> Store {
         cold: None,
         marks: Marks::default(),
         codecs_seen: CodecChoice::Lz4.bit(),
-        below: None,
-        below_bytes: 0,
+        below: Vec::new(),
+        names: Vec::new(),
+        below_bytes: Vec::new(),
     };
     let found = Found {
         frames: all(FRAMES),
@@ -65,7 +66,7 @@ fn store() -> Store {
         dictionaries: Vec::new(),
     };
     let arena = Arena::simulated(config.segment_bytes as usize, FRAMES, META, PAGES * PAGE);
-    let shared = Arc::new(Shared::new(config, arena, Map::new(), Segments::new(FRAMES), None, &found));
+    let shared = Arc::new(Shared::new(config, arena, Map::new(), Segments::new(FRAMES), Vec::new(), &found));
     Store { owner: Arc::new(Owner { shared, threads: Vec::new() }) }
 }
 

@@ -11,7 +11,7 @@
 //! 3. dictionaries are looked at, and the maps are walked, thawed and pruned, pages and live bytes counted
 //!    (`map/rebuild.rs`); pages of a segment whose dictionary is not what was put there are lost;
 //! 4. segments with live bytes are sealed, all others set free;
-//! 5. the tier below is attached, or let go if nothing lies there (`attach.rs`), and its extents noted;
+//! 5. the tiers below are attached, or let go if nothing lies there (`attach.rs`), and their extents noted;
 //! 6. resident memory that nobody reached is free: zeroed if it is metadata, given back if torn.
 //!
 //! Killed at any point, the walk is done again from the start: no step takes away what a later one
@@ -25,7 +25,7 @@ use crate::error::{Error, Result};
 use crate::log::rebuild::Table;
 use crate::log::segment::{Place, Segments};
 use crate::map::{walk, Kind, Map, Reached, Slot, LOST};
-use crate::page::{FrameNo, MetaNo, SegmentId, VolumeId};
+use crate::page::{FrameNo, MetaNo, SegmentId, VolumeId, MAX_TIERS_BELOW};
 use crate::tier::Lower;
 use std::sync::atomic::Ordering;
 
@@ -82,23 +82,23 @@ impl Found {
 /// Heap that taking up an arena of so many frames, segments and metadata pages needs at most at a time: its
 /// free lists, the bits of what is found, and some for what has one size in every arena.
 pub(super) fn heap_bytes([frames, segments, meta]: [usize; 3]) -> usize {
-    // Resident, torn, seen in the table twice; in use, retired, three of the disk's; resident, reached.
+    // Resident, torn, seen in the table twice; in use, retired, three of the disks'; resident, reached.
     let bits = 4 * frames + 5 * segments + 2 * meta;
     4 * frames + bits / 8 + (64 << 10)
 }
 
 /// Ids that a store on this arena needs: one for each frame and extent.
-pub(super) fn most_ids(arena: &Arena, lower: Option<&Lower>) -> u32 {
-    (arena.max_frames() + lower.map_or(0, Lower::extents)).min(arena.max_segments())
+pub(super) fn most_ids(arena: &Arena, lower: &[Lower]) -> u32 {
+    (arena.max_frames() + lower.iter().map(Lower::extents).sum::<u32>()).min(arena.max_segments())
 }
 
-/// Walks an arena and rebuilds everything that is not in it. `attach` hears how many segments are below.
+/// Walks an arena and rebuilds everything that is not in it. `attach` hears how many segments are on which tier below.
 pub(super) fn recover(
     arena: &Arena,
     segments: &mut Segments,
     map: &Map,
-    attach: impl FnOnce(u32) -> Result<Option<Lower>>,
-) -> Result<(Found, Option<Lower>)> {
+    attach: impl FnOnce([u32; MAX_TIERS_BELOW]) -> Result<Vec<Lower>>,
+) -> Result<(Found, Vec<Lower>)> {
     let volumes = arena.volumes()?;
     let mut there = arena.residency()?;
     let entries = there.entries;
@@ -135,13 +135,13 @@ pub(super) fn recover(
     }
     crash_point!("recovery: table rebuilt");
     let lower = attach(table.below)?;
-    note_extents(arena, segments, &table, lower.as_ref())?;
-    let needed = if lower.is_some() { most_ids(arena, lower.as_ref()) } else { there.frames.count() };
+    note_extents(arena, segments, &table, &lower)?;
+    let needed = if lower.is_empty() { there.frames.count() } else { most_ids(arena, &lower) };
     let known = table.end.max(needed);
     arena.populate_entries(known)?;
     arena.give_entries_back(known, entries, segments.next_sequence() - 1);
     // One that was in use may have a greater number than any that this store makes.
-    segments.make_room(known.max(most_ids(arena, lower.as_ref())));
+    segments.make_room(known.max(most_ids(arena, &lower)));
     // The lowest come out first.
     (0..known).rev().filter(|id| !table.ids.has(*id)).for_each(|id| arena.adopt_id(id));
     there.frames.descending().filter(|f| !table.frames.has(*f)).for_each(|f| arena.adopt_frame(FrameNo(f)));
@@ -154,12 +154,13 @@ pub(super) fn recover(
     Ok((Found { frames, meta, known, pages, volumes, held_bytes, dictionaries }, lower))
 }
 
-/// Tells the tier which of its extents are in use.
-fn note_extents(arena: &Arena, segments: &Segments, table: &Table, lower: Option<&Lower>) -> Result<()> {
-    let Some(lower) = lower else { return Ok(()) };
+/// Tells the tiers which of their extents are in use.
+fn note_extents(arena: &Arena, segments: &Segments, table: &Table, all: &[Lower]) -> Result<()> {
     for id in (0..table.end).filter(|id| table.ids.has(*id)) {
-        if let Place::Below(extent) = segments.place(arena, SegmentId(id)) {
-            lower.found(extent)?;
+        if let Place::Below(at) = segments.place(arena, SegmentId(id)) {
+            let lower =
+                all.iter().find(|lower| lower.no == at.tier).expect("all tiers that have segments are attached");
+            lower.found(at.extent)?;
         }
     }
     Ok(())

@@ -5,19 +5,19 @@
 //! find none. What opening needs is therefore there already: the mapping and its page tables, the
 //! threads with their stacks, heap enough for what is made from the walk.
 
-use super::attach::New;
+use super::attach::{matched, New, Wanted};
 use super::demote::{Mover, Tools};
 use super::fetch::most_bytes;
 use super::kept::RING_BYTES;
 use super::recover::heap_bytes;
 use super::{build, clean, Owner, Store};
-use crate::arena::{host_memory, Arena, Spare, Waiting};
+use crate::arena::{host_memory, AllBound, Arena, Spare, Waiting};
 use crate::codec::{Codec, Dictionary};
 use crate::config::{Checked, StoreConfig};
 use crate::error::{system, Error, Result};
 use crate::io::Medium;
 use crate::page::PAGE_BYTES;
-use crate::tier::extents_in;
+use crate::tier::{extents_in, MAX_EXTENTS};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{JoinHandle, Thread};
@@ -40,9 +40,8 @@ pub struct Standby {
     spare: Spare,
     growth: Idle,
     cleaner: Idle,
-    below: Option<(Medium, Tools, Idle)>,
-    /// The tier, if the arena does not know it and it was made one already.
-    new: Option<New>,
+    /// Each tier below; the last: if the arena does not know it and it was made one already.
+    below: Vec<(Medium, Tools, Idle, Option<New>)>,
     /// Segments that a take-over was rehearsed with, and bytes that dictionaries took.
     rehearsed: (usize, usize),
 }
@@ -53,44 +52,52 @@ impl Standby {
         let (ram_bytes, _) = host_memory()?;
         let mut config = config.validate(ram_bytes)?;
         let waiting = Waiting::new(arena)?;
-        let medium = config.below.as_ref().map(|tier| Medium::open(tier, &config.callers())).transpose()?;
-        if let Some(medium) = &medium {
-            // Of a server's export only a new arena has to know them: who takes one over must not wait for a server.
-            config.below_bytes = medium.bytes(waiting.segment_bytes().is_none())?.unwrap_or(0);
-        }
+        let media = open_media(&mut config, &waiting)?;
         (config.group_pages_seen, config.codecs_seen) = with(&config, waiting.seen());
         let rehearsed = rehearse(&config, &waiting, 0);
+        let several = media.len() > 1;
         let with_tools = |medium| {
             // Of an arena that is there already the segments may have another size than is asked for.
             let segment_bytes = waiting.segment_bytes().unwrap_or(config.segment_bytes as usize);
-            Ok((medium, Tools::new(segment_bytes)?, Idle::start(&config, "mover")?))
+            Ok((medium, Tools::new(segment_bytes, several)?, Idle::start(&config, "mover")?, None))
         };
         Ok(Standby {
-            below: medium.map(with_tools).transpose()?,
+            below: media.into_iter().map(with_tools).collect::<Result<_>>()?,
             waiting,
             spare: Spare::new(),
             growth: Idle::start(&config, "growth")?,
             cleaner: Idle::start(&config, "cleaner")?,
-            new: None,
             rehearsed,
             config,
         })
     }
 
-    /// Makes sure that a tier below which the arena, in use by another process, knows can be had by this configuration: a
-    /// server answers to it. Or that one which it does not know yet can be added to it, and gets ready for that: the tier
-    /// is taken and made one, and the arena's table has the memory for its extents. So [`Standby::open`] finds as little to
-    /// wait for as with a tier that was there before. May wait for a server, for a file's space, and up to ten seconds for
-    /// memory.
+    /// Makes sure that the tiers below which the arena, in use by another process, knows can be had by this configuration:
+    /// their servers answer to it. And that those which it does not know yet can be added to it, and gets ready for that:
+    /// they are taken and made tiers, and the arena's table has the memory for their extents. So [`Standby::open`] finds as
+    /// little to wait for as with tiers that were there before. May wait for servers, for a file's space, and up to ten
+    /// seconds for memory.
     pub fn try_tier(&mut self) -> Result<()> {
-        let Some((medium, ..)) = &self.below else { return Ok(()) };
-        if let Some((id, _)) = self.waiting.tier() {
-            // A server that would be reached no more, by a key that is wrong say, is one whose pages would be lost.
-            return medium.bytes(true).and_then(|_| medium.check(&id));
-        }
+        let bound = self.waiting.tiers();
+        let known =
+            matched(&self.config.below, self.below.iter().map(|(medium, ..)| medium), &bound, Default::default());
         let segment_bytes = self.waiting.segment_bytes().unwrap_or(self.config.segment_bytes as usize);
-        let new = New::make(medium, segment_bytes)?;
+        let (mut added, mut last) = (0, String::new());
+        for ((medium, .., new), known) in self.below.iter_mut().zip(known) {
+            if let Some(bound) = known.and_then(|no| bound[no.index()]) {
+                // A server that would be reached no more, by a key that is wrong say, is one whose pages would be lost.
+                medium.bytes(true).and_then(|_| medium.check(&bound.id))?;
+                continue;
+            }
+            let made = New::make(medium, segment_bytes)?;
+            (added, last) = (added + made.extents, medium.to_string());
+            *new = Some(made);
+        }
+        if added == 0 {
+            return Ok(());
+        }
         let frames = self.waiting.sizes().map_or(0, |[frames, _]| frames);
+        let extents = (extents_of(&bound) + added) as usize;
         let (spare, begun) = (&mut self.spare, Instant::now());
         let may = |bytes: usize| loop {
             if spare.bytes() > bytes as u64 + SPARE_MARGIN {
@@ -101,19 +108,18 @@ impl Standby {
             }
             std::thread::sleep(Duration::from_millis(1));
         };
-        if !self.waiting.populate_entries(frames + new.extents as usize, may)? {
+        if !self.waiting.populate_entries(frames + extents, may)? {
             let why = "there is no memory for the table of its extents at this time".into();
-            return Err(Error::BadTier { tier: medium.to_string(), why });
+            return Err(Error::BadTier { tier: last, why });
         }
-        self.rehearsed = rehearse(&self.config, &self.waiting, new.extents);
-        self.new = Some(new);
+        self.rehearsed = rehearse(&self.config, &self.waiting, added);
         Ok(())
     }
 
     /// Follows the growth of the arena. To be called a few times a second; waits for nothing.
     pub fn keep_up(&mut self) -> Result<()> {
         // Pages are compressed again by now: reading them takes more. Or the arena was bound to a tier.
-        let new = self.new.map_or(0, |new| new.extents);
+        let new = self.below.iter().filter_map(|(.., new)| new.as_ref()).map(|new| new.extents).sum();
         let needs = (segments(&self.config, &self.waiting, new), dictionary_bytes(&self.config, &self.waiting));
         let seen = with(&self.config, self.waiting.seen());
         let more = needs.0 > self.rehearsed.0 || needs.1 > self.rehearsed.1;
@@ -140,13 +146,14 @@ impl Standby {
     /// What [`crate::Lane::fetch_bytes`] will say, unless the arena holds larger groups than this
     /// configuration makes. 0: there is no disk tier.
     pub fn fetch_bytes(&self) -> usize {
-        self.below.as_ref().map_or(0, |_| most_bytes(self.config.most_group_pages()))
+        self.below.first().map_or(0, |_| most_bytes(self.config.most_group_pages()))
     }
 
     /// Opens the store; see [`Store::open_arena`].
     pub fn open(self) -> Result<Store> {
-        let (medium, below) = self.below.map(|(medium, tools, idle)| (medium, (tools, idle))).unzip();
-        let (shared, mut growth, fresh) = build(self.config, self.waiting, medium, self.new)?;
+        let split = |(medium, tools, idle, new)| (Wanted { medium, new }, (tools, idle));
+        let (wanted, movers): (Vec<_>, Vec<_>) = self.below.into_iter().map(split).unzip();
+        let (shared, mut growth, fresh) = build(self.config, self.waiting, wanted)?;
         if fresh {
             // The first reserve is there before the first request. An arena that was found has what
             // is left of its own, and its pages may be waited for: growth must not delay them.
@@ -157,13 +164,29 @@ impl Standby {
         let _ = shared.growth.set(self.growth.thread());
         let _ = shared.cleaner.set(self.cleaner.thread());
         let mut threads = vec![self.growth.run(move || growth.run()), self.cleaner.run(move || cleaner.run())];
-        if let Some((tools, idle)) = below {
-            let _ = shared.mover.set(idle.thread());
-            let mut mover = Mover::new(shared.clone(), tools);
+        for (at, (_, idle)) in movers.iter().enumerate() {
+            let _ = shared.movers[at].set(idle.thread());
+        }
+        for (at, (tools, idle)) in movers.into_iter().enumerate() {
+            let mut mover = Mover::new(shared.clone(), at, tools);
             threads.push(idle.run(move || mover.run()));
         }
         Ok(Store { owner: Arc::new(Owner { shared, threads }) })
     }
+}
+
+/// Opens what the tiers below lie on.
+pub(super) fn open_media(config: &mut Checked, waiting: &Waiting) -> Result<Vec<Medium>> {
+    let media: Vec<_> = config.below.iter().map(|tier| Medium::open(tier, &config.callers())).collect::<Result<_>>()?;
+    // Of a server's export only a new arena has to know them: who takes one over must not wait for a server.
+    let is_new = waiting.segment_bytes().is_none();
+    let bytes = media.iter().map(|medium| Ok(medium.bytes(is_new)?.unwrap_or(0)));
+    config.below_bytes = bytes.collect::<Result<_>>()?;
+    Ok(media)
+}
+
+fn extents_of(bound: &AllBound) -> u32 {
+    bound.iter().flatten().map(|tier| tier.extents).sum()
 }
 
 /// What the configuration allows, and the arena holds.
@@ -172,16 +195,20 @@ fn with(config: &Checked, seen: Option<(usize, u64)>) -> (usize, u64) {
     (config.group_pages_seen.max(group_pages), config.codecs_seen | codecs)
 }
 
-/// Ids of the store that would be opened now. `extents`: of a tier that the arena does not know yet.
+/// Ids of the store that would be opened now. `extents`: of tiers that the arena does not know yet.
 fn segments(config: &Checked, waiting: &Waiting, extents: u32) -> usize {
     let frames = waiting.frames().unwrap_or_else(|| Arena::wanted(config)[0]);
-    // With the tier that there is, or will be. Entries may be more: of a tier that there was.
-    let extents = match (&config.below, waiting.tier()) {
-        (None, _) => 0,
-        (Some(_), Some((_, extents))) => extents,
-        (Some(_), None) => extents.max(extents_in(config.below_bytes, config.segment_bytes as usize)),
+    // With the tiers that there are, or will be. Entries may be more: of a tier that there was.
+    let bound = waiting.tiers();
+    let extents = match bound.iter().flatten().count() {
+        _ if config.below.is_empty() => 0,
+        known if known >= config.below.len() => extents_of(&bound),
+        _ => {
+            let fit = config.below_bytes.iter().map(|bytes| extents_in(*bytes, config.segment_bytes as usize));
+            extents_of(&bound) + extents.max(fit.sum::<u32>().min(MAX_EXTENTS))
+        }
     };
-    (frames + extents as usize).max(waiting.entries())
+    (frames + extents.min(MAX_EXTENTS) as usize).max(waiting.entries())
 }
 
 /// What the arena's dictionaries take when they are made ready, each with what compresses.
@@ -196,9 +223,10 @@ fn dictionary_bytes(config: &Checked, waiting: &Waiting) -> usize {
 fn rehearse(config: &Checked, waiting: &Waiting, extents: u32) -> (usize, usize) {
     // Of each lane and of those who clean, compress again and move: what a record is made in, and what a group is
     // decoded to.
-    let room = vec![0xa5u8; (2 * config.max_lanes + 7) * config.group_pages_seen * PAGE_BYTES];
+    let others = 5 + 2 * config.below.len().max(1);
+    let room = vec![0xa5u8; (2 * config.max_lanes + others) * config.group_pages_seen * PAGE_BYTES];
     // And what each lane keeps of what it fetched.
-    let kept = vec![0xa5u8; if config.below.is_some() { config.max_lanes * RING_BYTES } else { 0 }];
+    let kept = vec![0xa5u8; if config.below.is_empty() { 0 } else { config.max_lanes * RING_BYTES }];
     // There are such pages: the one who makes them is made at once.
     let again = config.cold.filter(|cold| config.codecs_seen & cold.codec.bit() != 0);
     let again = again.map(|cold| Codec::new(cold.codec, config.codecs_seen));

@@ -1,12 +1,13 @@
 //! A store without threads of its own: a test does growth's and the cleaner's work step by step, so
 //! that a history runs the same way every time.
 
+use super::attach::Wanted;
 use super::demote::{Mover, Tools};
+use super::standby::open_media;
 use super::{build, clean::Cleaner, grow::Growth, Owner, Store};
 use crate::arena::{host_memory, Spare, Waiting};
 use crate::config::StoreConfig;
 use crate::error::Result;
-use crate::io::Medium;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -14,7 +15,8 @@ use std::sync::Arc;
 pub struct Steps {
     growth: Growth,
     cleaner: Cleaner,
-    mover: Option<Mover>,
+    /// In the order of their tiers.
+    movers: Vec<Mover>,
 }
 
 impl Steps {
@@ -22,15 +24,16 @@ impl Steps {
     pub fn open(config: StoreConfig, arena: OwnedFd) -> Result<(Store, Steps)> {
         let mut config = config.validate(host_memory()?.0)?;
         let waiting = Waiting::new(arena)?;
-        let medium = config.below.as_ref().map(|tier| Medium::open(tier, &config.callers())).transpose()?;
-        if let Some(medium) = &medium {
-            config.below_bytes = medium.bytes(waiting.segment_bytes().is_none())?.unwrap_or(0);
-        }
-        let (shared, growth, _) = build(config, waiting, medium, None)?;
+        let media = open_media(&mut config, &waiting)?;
+        let wanted = media.into_iter().map(|medium| Wanted { medium, new: None }).collect();
+        let (shared, growth, _) = build(config, waiting, wanted)?;
         let cleaner = Cleaner::new(shared.clone(), Spare::new());
-        let tools = shared.lower.is_some().then(|| Tools::new(shared.arena.segment_bytes())).transpose()?;
-        let mover = tools.map(|tools| Mover::new(shared.clone(), tools));
-        Ok((Store { owner: Arc::new(Owner { shared, threads: Vec::new() }) }, Steps { growth, cleaner, mover }))
+        let movers = (0..shared.lower.len()).map(|at| {
+            let tools = Tools::new(shared.arena.segment_bytes(), shared.lower.len() > 1)?;
+            Ok(Mover::new(shared.clone(), at, tools))
+        });
+        let movers = movers.collect::<Result<_>>()?;
+        Ok((Store { owner: Arc::new(Owner { shared, threads: Vec::new() }) }, Steps { growth, cleaner, movers }))
     }
 
     /// Grows to the reserve.
@@ -56,23 +59,27 @@ impl Steps {
     /// Seals what the cleaner and the mover have open.
     pub fn close_cleaner(&mut self) {
         self.cleaner.close();
-        if let Some(mover) = &mut self.mover {
-            mover.close();
-        }
+        self.movers.iter_mut().for_each(Mover::close);
     }
 
-    /// The oldest sealed segments down, whether memory is short or not. True: some went.
+    /// The oldest sealed segments down to the first tier, whether memory is short or not. True: some went.
     pub fn demote(&mut self) -> bool {
-        self.mover.as_mut().is_some_and(Mover::move_now)
+        self.movers.first_mut().is_some_and(Mover::move_now)
     }
 
-    /// One extent emptied, however much of it is live. True: one was.
+    /// The oldest segments of one tier on to another, by their order, whether that is short of room or not. True: some
+    /// went.
+    pub fn pass_on(&mut self, from: usize, to: usize) -> bool {
+        self.movers.get_mut(to).is_some_and(|mover| mover.pull_now(from))
+    }
+
+    /// One extent of each tier emptied, however much of it is live. True: one was.
     pub fn drain(&mut self) -> bool {
-        self.mover.as_mut().is_some_and(Mover::drain_now)
+        self.movers.iter_mut().map(Mover::drain_now).filter(|done| *done).count() > 0
     }
 
-    /// One extent compacted, whether they are short or not.
+    /// One extent of each tier compacted, whether they are short or not.
     pub fn compact(&mut self) -> bool {
-        self.mover.as_mut().is_some_and(Mover::compact_now)
+        self.movers.iter_mut().map(Mover::compact_now).filter(|done| *done).count() > 0
     }
 }

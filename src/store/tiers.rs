@@ -1,15 +1,15 @@
 //! What can be changed of the tiers while a store is open: limits, when pages are compressed again and how eagerly, when
-//! segments go down, and whether the disk tier is drained. All of it is kept in the arena, so that it holds for whoever
+//! segments go down, and whether a disk tier is drained. All of it is kept in the arena, so that it holds for whoever
 //! takes it over; a number with the one of the configuration that it stands in the place of, and while that is the same.
 
 use super::{grow, Shared, Store};
 use crate::arena::{host_memory, Tuned};
 use crate::config::{
-    format_size, Checked, CodecChoice, Limit, Marks, RamTier, TierName, TierSettings, MIN_LIMIT_BYTES,
+    format_size, which, Checked, CodecChoice, Limit, Marks, RamTier, TierName, TierSettings, MIN_LIMIT_BYTES,
 };
 use crate::error::{Error, Result};
 use crate::log::segment::Place;
-use crate::page::SegmentId;
+use crate::page::{SegmentId, TierNo, MAX_TIERS_BELOW};
 use crate::stats::TierStats;
 use crate::tier::Lower;
 use std::sync::atomic::Ordering;
@@ -20,13 +20,13 @@ impl Store {
     pub fn tiers(&self) -> Vec<TierStats> {
         let s = self.shared();
         let segment = s.arena.segment_bytes() as u64;
-        let (mut live, mut cold_segments) = ([0; 3], 0);
+        let (mut live, mut below, mut cold_segments) = ([0; 2], [0; MAX_TIERS_BELOW], 0);
         for id in (0..grow::known_segments(s)).map(SegmentId) {
             let bytes = u64::from(s.segments.live(&s.arena, id));
             let cold = s.segments.past(&s.arena, id).1;
             match s.segments.place(&s.arena, id) {
                 _ if bytes == 0 => {}
-                Place::Below(_) => live[2] += bytes,
+                Place::Below(at) => below[at.tier.index()] += bytes,
                 Place::Memory(_) => {
                     live[usize::from(cold)] += bytes;
                     cold_segments += u64::from(cold);
@@ -35,7 +35,7 @@ impl Store {
         }
         let c = &s.config;
         let ram = TierStats {
-            name: "ram",
+            name: "ram".into(),
             what: format!("{},{}", packing(c.codec, c.group_pages, c.dict_bytes), s.marks()),
             limit_bytes: s.hot_limit(),
             held_bytes: s.held_bytes().saturating_sub(cold_segments * segment),
@@ -43,7 +43,7 @@ impl Store {
             state: "used",
         };
         let cold = c.cold.map(|cold| TierStats {
-            name: "cold",
+            name: "cold".into(),
             what: {
                 let how = packing(cold.codec, cold.group_pages, cold.dict_bytes);
                 format!("{how},idle={}s,cpu={}%", s.idle_s(), s.cpu_percent())
@@ -57,24 +57,24 @@ impl Store {
             live_bytes: live[1],
             state: "used",
         });
-        let disk = s.lower.as_ref().map(|lower| TierStats {
-            name: "disk",
-            what: c.below.as_ref().map_or_else(|| lower.to_string(), ToString::to_string),
+        let disks = s.lower.iter().zip(c.names.iter().zip(&c.below)).map(|(lower, (name, what))| TierStats {
+            name: name.clone(),
+            what: what.to_string(),
             limit_bytes: u64::from(lower.extents()) * lower.extent_bytes(),
             held_bytes: u64::from(lower.taken()) * lower.extent_bytes(),
-            live_bytes: live[2],
-            state: match (lower.counts.failing.load(Ordering::Relaxed), s.draining(), lower.taken()) {
+            live_bytes: below[lower.no.index()],
+            state: match (lower.counts.failing.load(Ordering::Relaxed), s.draining(lower), lower.taken()) {
                 (true, ..) => "failing",
                 (_, true, 0) => "drained",
                 (_, true, _) => "being drained",
                 _ => "used",
             },
         });
-        [Some(ram), cold, disk].into_iter().flatten().collect()
+        std::iter::once(ram).chain(cold).chain(disks).collect()
     }
 
     /// Changes how much memory the first tier may hold, everything counted. What is above a lower limit goes back to
-    /// the host as room comes, by cleaning and by moving to the disk tier. A second tier keeps its own.
+    /// the host as room comes, by cleaning and by moving to disk tiers. A second tier keeps its own.
     ///
     /// Refused: more than the arena was made for, and less than what is stored needs.
     pub fn set_limit(&self, limit: Limit) -> Result<()> {
@@ -91,7 +91,7 @@ impl Store {
         if let (_, Some(later)) = settings.split() {
             return bad(&format!("the store has to be opened anew for that: {later}"));
         }
-        if settings.name() == TierName::Cold && s.config.cold.is_none() {
+        if *settings.name() == TierName::Cold && s.config.cold.is_none() {
             return bad("there is no second memory tier");
         }
         let _one_at_a_time = s.changing.lock().unwrap_or_else(PoisonError::into_inner);
@@ -111,7 +111,7 @@ impl Store {
         s.tune(Tuned::Cpu, wanted.cpu_percent.unwrap_or_default().into());
         s.tune(Tuned::Marks, pair_of(wanted.marks));
         s.wake_cleaner();
-        s.wake_mover();
+        s.wake_movers();
         Ok(())
     }
 
@@ -146,57 +146,111 @@ impl Store {
         s.limit.store(bytes, Ordering::Relaxed);
         s.wake_growth();
         s.wake_cleaner();
-        s.wake_mover();
+        s.wake_movers();
         Ok(())
     }
 
-    /// Has the disk tier emptied, into memory as far as that has room, and used no more; or used again.
-    /// How far it is, [`Store::stats`] tells.
+    /// [`Store::drain_tier`] of the only disk tier.
     pub fn drain_disk(&self, drain: bool) -> Result<()> {
+        self.drain_tier(None, drain)
+    }
+
+    /// [`Store::empty_tier`] of the only disk tier.
+    pub fn empty_disk(&self) -> Result<()> {
+        self.empty_tier(None)
+    }
+
+    /// Has a disk tier emptied, into memory as far as that has room, or else to other disk tiers, and used no more; or
+    /// used again. It is the one that [`Store::tiers`] calls so, None: the only one. How far it is, [`Store::stats`] tells.
+    pub fn drain_tier(&self, name: Option<&str>, drain: bool) -> Result<()> {
         let s = self.shared();
-        disk(s)?;
-        s.arena.drain().store(drain.into(), Ordering::Release);
-        s.wake_mover();
+        let lower = disk(s, name)?;
+        s.arena.drain(lower.no).store(drain.into(), Ordering::Release);
+        s.wake_movers();
         Ok(())
     }
 
-    /// The same, unless what lies there does not fit into memory.
-    pub fn empty_disk(&self) -> Result<()> {
+    /// The same, unless what lies there does not fit into memory and other disk tiers.
+    pub fn empty_tier(&self, name: Option<&str>) -> Result<()> {
         let s = self.shared();
-        disk(s)?;
-        let (needed, limit) = (limit_with_all(s), s.limit_bytes());
-        if needed > limit {
+        let lower = disk(s, name)?;
+        let others = s.lower.iter().filter(|other| other.no != lower.no && !s.draining(other));
+        let room = others.map(Lower::room).sum::<u32>();
+        let limit = s.limit_bytes().saturating_add(u64::from(room) * s.arena.segment_bytes() as u64);
+        let needed = limit_with(s, lower.no);
+        // As they are, or what is live of them.
+        if lower.taken() > room && needed > limit {
             let text = format_size;
-            let why = format!("what lies there does not fit into memory: {} of {}", text(needed), text(limit));
+            let where_to = if s.lower.len() > 1 { "memory and the other tiers" } else { "memory" };
+            let why = format!("what lies there does not fit into {where_to}: {} of {}", text(needed), text(limit));
             return Err(Error::InvalidConfig(why));
         }
-        self.drain_disk(true)
+        self.drain_tier(name, true)
     }
 
-    /// Has what was written at least `idle_s` seconds ago moved to the disk tier, whether memory is short
-    /// or not. It is over when [`Store::stats`] says so.
+    /// Has what was written at least `idle_s` seconds ago moved to the first disk tier that takes it, whether memory is
+    /// short or not. It is over when [`Store::stats`] says so.
     pub fn write_back(&self, idle_s: u32) -> Result<()> {
         let s = self.shared();
-        let lower = disk(s)?;
-        if s.draining() {
-            return Err(Error::InvalidConfig("the disk tier is being drained".into()));
+        let bad = |why: &str| Err(Error::InvalidConfig(why.into()));
+        if s.lower.is_empty() {
+            return bad("there is no disk tier");
         }
-        if lower.counts.failing.load(Ordering::Relaxed) {
-            return Err(Error::InvalidConfig("the disk tier fails at this time".into()));
+        let mut used = s.lower.iter().filter(|lower| !s.draining(lower)).peekable();
+        if used.peek().is_none() {
+            return bad("the disk tier is being drained");
+        }
+        if used.all(|lower| lower.counts.failing.load(Ordering::Relaxed)) {
+            return bad("the disk tier fails at this time");
         }
         // What comes later is not meant: or it would not end.
         s.write_back_before.store(s.segments.next_sequence(), Ordering::Relaxed);
         s.write_back.store(u64::from(idle_s) + 1, Ordering::Release);
-        s.wake_mover();
+        s.wake_movers();
         Ok(())
     }
 }
 
-fn disk(s: &Shared) -> Result<&Lower> {
-    s.lower.as_ref().ok_or_else(|| Error::InvalidConfig("there is no disk tier".into()))
+fn disk<'s>(s: &'s Shared, name: Option<&str>) -> Result<&'s Lower> {
+    Ok(&s.lower[which(&s.config.names, name)?])
 }
 
 impl Shared {
+    /// The disk tier at that place of the arena. None: it has none there.
+    pub fn lower_at(&self, no: TierNo) -> Option<&Lower> {
+        self.lower.iter().find(|lower| lower.no == no)
+    }
+
+    /// It is to be empty: nothing goes there, and what is there comes back, or goes to others.
+    pub fn draining(&self, lower: &Lower) -> bool {
+        self.arena.drain(lower.no).load(Ordering::Relaxed) != 0
+    }
+
+    pub fn any_draining(&self) -> bool {
+        self.lower.iter().any(|lower| self.draining(lower))
+    }
+
+    /// Segments that may be expected to find room on disk tiers.
+    pub fn room_below(&self) -> u32 {
+        self.lower.iter().filter(|lower| !self.draining(lower)).map(Lower::room).sum()
+    }
+
+    /// Where in their order the tier stands to which goes what memory has no room for. None: none takes anything at this
+    /// moment.
+    pub fn first_below(&self) -> Option<usize> {
+        self.lower.iter().position(|lower| self.takes(lower))
+    }
+
+    /// The same for what a disk tier has no room for; of one that is being drained a hotter one too, if no other.
+    pub fn next_below(&self, from: usize) -> Option<usize> {
+        let hotter = if self.lower.get(from).is_some_and(|lower| self.draining(lower)) { from } else { 0 };
+        (from + 1..self.lower.len()).chain((0..hotter).rev()).find(|at| self.takes(&self.lower[*at]))
+    }
+
+    fn takes(&self, lower: &Lower) -> bool {
+        !self.draining(lower) && lower.room() > 0 && !lower.hangs()
+    }
+
     /// What the first tier may hold.
     pub fn hot_limit(&self) -> u64 {
         self.limit_bytes().saturating_sub(self.own_limit.load(Ordering::Relaxed))
@@ -256,9 +310,13 @@ fn least_limit(s: &Shared) -> u64 {
     with_cleaning(s, in_memory).saturating_sub(below) + fixed(s)
 }
 
-/// The same, with all that is live, wherever it lies, and nothing below.
-fn limit_with_all(s: &Shared) -> u64 {
-    with_cleaning(s, |_| true) + fixed(s)
+/// The same, with all that is live in memory and on that tier, and nothing below.
+fn limit_with(s: &Shared, no: TierNo) -> u64 {
+    let meant = |id: &SegmentId| match s.segments.place(&s.arena, *id) {
+        Place::Memory(_) => true,
+        Place::Below(at) => at.tier == no,
+    };
+    with_cleaning(s, meant) + fixed(s)
 }
 
 /// What is live of some segments, and an eighth more that cleaning does not get at.

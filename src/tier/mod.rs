@@ -1,8 +1,8 @@
-//! The tier below memory: a file, a block device, a server's export or objects, in extents of one segment each.
+//! A tier below memory: a file, a block device, a server's export or objects, in extents of one segment each.
 //!
 //! Which segment lies where, the segment table says; here is only which extents are taken, what became
-//! of reading and writing, and what is to be discarded. Extents are taken by the mover alone, and given
-//! back by whoever releases a segment, the cleaner or the mover: never on the I/O path, so a mutex does.
+//! of reading and writing, and what is to be discarded. Extents are taken by the tier's mover alone, and given
+//! back by whoever releases a segment, the cleaner or a mover: never on the I/O path, so a mutex does.
 //!
 //! ```text
 //! block 0   the header (`io/backing.rs`)
@@ -20,7 +20,7 @@ pub(crate) use seal::{Seal, PAYLOAD};
 use crate::arena::{Arena, Resident};
 use crate::error::{Error, Result};
 use crate::io::{Medium, TierKey, BLOCK_BYTES, MOST_DISCARDS};
-use crate::page::ExtentNo;
+use crate::page::{ExtentNo, TierNo};
 use late::{Late, TICK};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -33,13 +33,16 @@ pub(crate) fn extents_in(bytes: u64, segment_bytes: usize) -> u32 {
     (blocks / segment_bytes.div_ceil(PAYLOAD) as u64).min(MAX_EXTENTS.into()) as u32
 }
 
-/// Segments have numbers of 24 bits, and those in memory need some too. Every arena has room in its table for so many:
-/// 256 MiB of address space, of which only what is used is memory.
+/// Segments have numbers of 24 bits, and those in memory need some too. Every arena has room in its table for so many,
+/// of all tiers: 256 MiB of address space, of which only what is used is memory.
 pub(crate) const MAX_EXTENTS: u32 = 1 << 23;
 
 /// A disk that takes so long to answer is slow, and for how long after that.
 const LONG_WAIT: Duration = Duration::from_millis(500);
 const SLOW_FOR: Duration = Duration::from_secs(3);
+/// One that has not answered for so long is passed over, where there is another: before those who wait for room are
+/// refused.
+const HANGS_AFTER: Duration = Duration::from_secs(2);
 
 /// What became of reading and writing.
 #[derive(Default)]
@@ -53,9 +56,13 @@ pub(crate) struct Counts {
     pub compacted: AtomicU64,
     /// Segments brought up because they were asked for again and again.
     pub promoted: AtomicU64,
+    /// Segments that went on to another tier.
+    pub passed_on: AtomicU64,
     pub write_errors: AtomicU64,
     /// Segments that could not be brought up again.
     pub unreadable: AtomicU64,
+    /// And those that another tier's mover could not take over.
+    pub not_passed_on: AtomicU64,
     pub read_errors: AtomicU64,
     /// Blocks that were not what was written there.
     pub corrupt: AtomicU64,
@@ -74,8 +81,10 @@ struct Space {
     late: Late,
 }
 
-/// The tier below memory.
+/// A tier below memory.
 pub(crate) struct Lower {
+    /// Its place in the arena.
+    pub no: TierNo,
     pub medium: Medium,
     id: TierKey,
     pub seal: Seal,
@@ -83,8 +92,8 @@ pub(crate) struct Lower {
     pub asked: Asked,
     /// It may be written to: no write of an earlier store is on its way any more.
     pub claimed: AtomicBool,
-    /// The mover waits for the disk at this moment.
-    waiting: AtomicBool,
+    /// Since when the mover waits for the disk, in milliseconds since `begun`, and one; 0: it does not.
+    waiting_since_ms: AtomicU64,
     /// Until when the disk counts as slow after it has answered, in milliseconds since `begun`: what it made room
     /// for is not there the same moment.
     slow_until_ms: AtomicU64,
@@ -99,18 +108,25 @@ pub(crate) struct Lower {
 
 impl Lower {
     /// `key`: what is sealed with; None: nothing is encrypted.
-    pub fn new(medium: Medium, id: TierKey, key: Option<&[u8; 32]>, extents: u32, segment_bytes: usize) -> Lower {
+    pub fn new(
+        no: TierNo,
+        medium: Medium,
+        id: TierKey,
+        key: Option<&[u8; 32]>,
+        (extents, segment_bytes): (u32, usize),
+    ) -> Lower {
         let mut told = Resident::new(extents);
         (0..extents).for_each(|n| told.set(n));
         let extent_bytes = (segment_bytes.div_ceil(PAYLOAD) * BLOCK_BYTES) as u64;
         Lower {
+            no,
             seal: Seal::new(key),
             medium,
             id,
             counts: Counts::default(),
             asked: Asked::new(),
             claimed: AtomicBool::new(false),
-            waiting: AtomicBool::new(false),
+            waiting_since_ms: AtomicU64::new(0),
             slow_until_ms: AtomicU64::new(0),
             begun: Instant::now(),
             extents,
@@ -167,10 +183,10 @@ impl Lower {
     /// Does what waits for the disk. Mover only.
     pub fn wait_for<T>(&self, body: impl FnOnce() -> T) -> T {
         let since = Instant::now();
-        self.waiting.store(true, Ordering::Relaxed);
+        self.waiting_since_ms.store(self.begun.elapsed().as_millis() as u64 + 1, Ordering::Relaxed);
         let done = body();
         self.took(since.elapsed());
-        self.waiting.store(false, Ordering::Relaxed);
+        self.waiting_since_ms.store(0, Ordering::Relaxed);
         done
     }
 
@@ -186,7 +202,21 @@ impl Lower {
     pub fn is_slow(&self) -> bool {
         let until = || u128::from(self.slow_until_ms.load(Ordering::Relaxed));
         let away = || self.medium.remote().is_some_and(|remote| remote.comes_and_goes(SLOW_FOR));
-        self.waiting.load(Ordering::Relaxed) || self.begun.elapsed().as_millis() < until() || away()
+        let waits = self.waiting_since_ms.load(Ordering::Relaxed) != 0;
+        waits || self.begun.elapsed().as_millis() < until() || away()
+    }
+
+    /// It does not answer, for longer than others are to wait for it.
+    pub fn hangs(&self) -> bool {
+        let since = self.waiting_since_ms.load(Ordering::Relaxed);
+        let waits = || self.begun.elapsed().saturating_sub(Duration::from_millis(since - 1)) >= HANGS_AFTER;
+        let away = || self.medium.remote().is_some_and(|r| r.away().is_some_and(|time| time >= HANGS_AFTER));
+        since != 0 && waits() || away()
+    }
+
+    /// It can be read from, for all that is known.
+    pub fn answers(&self) -> bool {
+        !self.hangs() && self.medium.remote().is_none_or(|remote| remote.is_up())
     }
 
     /// Byte offset of an extent on the backing.
@@ -212,7 +242,7 @@ impl Lower {
     pub fn found(&self, extent: ExtentNo) -> Result<()> {
         let mut space = self.space();
         if extent.0 >= self.extents || space.taken.has(extent.0) {
-            let why = format!("extent {} of its disk tier cannot be, or is in use twice", extent.0);
+            let why = format!("extent {} of its disk tier {self} cannot be, or is in use twice", extent.0);
             return Err(Error::BadArena(why));
         }
         space.taken.set(extent.0);
@@ -245,21 +275,21 @@ impl Lower {
         }
         let mut space = self.space();
         let space = &mut *space;
-        space.late.find(arena.late(), self.extents);
+        space.late.find(arena.late(self.no), self.extents);
         space.late.extents().for_each(|extent| space.kept.set(extent));
         self.recount_late(space);
     }
 
     /// Before something is sent to an extent. False: not now. Mover only, as are the next two.
     pub fn note(&self, arena: &Arena, extent: ExtentNo) -> bool {
-        self.medium.remote().is_none() || self.space().late.note(arena.late(), extent)
+        self.medium.remote().is_none() || self.space().late.note(arena.late(self.no), extent)
     }
 
     /// It has ended. `late`: it may be done yet.
     pub fn settle(&self, arena: &Arena, extent: ExtentNo, late: bool) {
         if self.medium.remote().is_some() {
             let mut space = self.space();
-            space.late.settle(arena.late(), extent, late);
+            space.late.settle(arena.late(self.no), extent, late);
             self.recount_late(&space);
         }
     }
@@ -277,7 +307,7 @@ impl Lower {
         for extent in space.late.extents() {
             (before[count], count) = (extent, count + 1);
         }
-        space.late.tick(arena.late(), now, answered);
+        space.late.tick(arena.late(self.no), now, answered);
         for extent in &before[..count] {
             if !space.late.has(*extent) && !space.taken.has(*extent) {
                 // What came late lies there.

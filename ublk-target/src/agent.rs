@@ -250,14 +250,16 @@ impl Agent {
                     false => Answer::refusal("the program's path is too long or not UTF-8"),
                 }
             }
-            Request::Tier { what: TierChange::Add { spec, order } } => {
+            Request::Tier { what: TierChange::Add { spec, order, before } } => {
                 let tier = spec.parse::<TierConfig>();
                 self.change_tiers(order, |tiers| match tier {
-                    Ok(tier) => with_tier(tiers, tier),
+                    Ok(tier) => with_tier(tiers, tier, before.as_deref()),
                     Err(why) => Err(ghostswap::Error::InvalidConfig(why)),
                 })
             }
-            Request::Tier { what: TierChange::Remove { order } } => self.change_tiers(order, without_tier),
+            Request::Tier { what: TierChange::Remove { order, name } } => {
+                self.change_tiers(order, |tiers| without_tier(tiers, name.as_deref()))
+            }
             Request::Tier { what: TierChange::Set { spec, order } } => self.set_tier(&spec, order),
             for_the_worker @ (Request::Resize { .. }
             | Request::Recompress

@@ -17,7 +17,8 @@ pub const VERSION: &str = match option_env!("GHOSTSWAP_VERSION") {
 const SETTABLE: &str = "\
 ram   limit, high, low; codec, group: by a take-over
 cold  limit, idle, cpu; codec, group: by a take-over
-disk  by a take-over: timeout, connections, ca, cert, key, credentials, profile";
+disk  by a take-over: timeout, connections, ca, cert, key, credentials, profile; of several tiers below memory each by
+      its name in tier list";
 
 /// A compressed, sparse store as a swap device.
 #[derive(Parser)]
@@ -58,7 +59,7 @@ pub enum Command {
     Swapoff(SwapOffArgs),
     /// Compress again, now, all pages that the second tier would come to when they have lain still
     Recompress(Recompress),
-    /// Move to the disk tier, now, all pages that were written some time ago
+    /// Move to the first disk tier that takes them, now, all pages that were written some time ago
     Writeback(WriteBack),
     /// List the tiers of a device, or change them while it is in use
     #[command(subcommand)]
@@ -91,8 +92,8 @@ pub struct Add {
     pub depth: u16,
     /// Where pages are kept, as in ram,limit=4G,codec=lz4 [default: ram,limit=50%,codec=lz4 and ram,codec=zstd:3,group=64K,idle=10m]. A second one:
     /// how they are compressed again when they have lain still, as in ram,codec=zstd:3,group=64K,idle=10m.
-    /// Last, a disk below them: file:/var/lib/ghostswap/cold,size=64G, block:/dev/nvme1n1p3 or an NBD server's export,
-    /// nbd:nbd://192.0.2.7/cold
+    /// Last, up to four below memory, each of which passes on to the next what it has no room for: a disk,
+    /// file:/var/lib/ghostswap/cold,size=64G or block:/dev/nvme1n1p3, or an NBD server's export, nbd:nbd://192.0.2.7/cold
     #[arg(long = "tier", value_name = "SPEC", value_parser = tier)]
     pub tiers: Vec<TierConfig>,
     /// Seconds without a sign of life after which a worker is killed and replaced (0: never)
@@ -228,19 +229,23 @@ pub enum Tier {
         /// As in file:/var/lib/ghostswap/cold,size=64G, block:/dev/nvme1n1p3 or nbd:nbd://192.0.2.7/cold
         #[arg(value_name = "SPEC", value_parser = below)]
         spec: TierConfig,
+        /// Above this one, by its name in `tier list` [default: below all others]
+        #[arg(long, value_name = "NAME")]
+        before: Option<String>,
     },
-    /// Empty the tier below memory and do without it from then on; ended halfway, it stays in use
+    /// Empty a tier below memory and do without it from then on; ended halfway, it stays in use
     Remove {
         /// Number of the device
         id: u32,
-        /// Its name in `tier list`
-        #[arg(default_value = "disk", value_parser = ["disk"])]
-        name: String,
+        /// Its name in `tier list`, if there are several below memory
+        name: Option<String>,
     },
-    /// Empty the disk tier into memory, as far as that has room, and use it no more
+    /// Empty a tier below memory into memory, as far as that has room, or other tiers, and use it no more
     Drain {
         /// Number of the device
         id: u32,
+        /// Its name in `tier list`, if there are several below memory
+        name: Option<String>,
         /// Use it again
         #[arg(long)]
         stop: bool,

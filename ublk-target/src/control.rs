@@ -10,9 +10,10 @@
 //! | `{"cmd":"swapoff"}` | `{"ok":true}`: the daemon opens and closes no more windows |
 //! | `{"cmd":"recompress"}` | `{"ok":true}`: all that is not cold yet will be compressed again |
 //! | `{"cmd":"writeback","idle_s":600}` | `{"ok":true}`: what is so old goes to the disk tier; status tells when it is over |
-//! | `{"cmd":"tier","what":{"drain":true}}` | `{"ok":true}`: the disk tier is to be empty; also `"empty"`: unless it does not fit, `{"limit":"4G"}` |
+//! | `{"cmd":"tier","what":{"drain":true}}` | `{"ok":true}`: the only disk tier is to be empty; also `"empty"`: unless it does not fit, `{"limit":"4G"}` |
+//! | `{"cmd":"tier","what":{"drainone":{"name":"nbd","drain":true}}}` | the same of one of several; also `{"emptyone":{"name":"nbd"}}` |
 //! | `{"cmd":"tier","what":{"set":{"spec":"ram,limit=4G,codec=lz4","order":7}}}` | `{"ok":true}` once what the worker does itself is done; of the rest the supervisor was told, and status tells |
-//! | `{"cmd":"tier","what":{"add":{"spec":"block:/dev/x","order":7}}}` | `{"ok":true}` once the supervisor was told; status tells the rest; also `{"remove":{"order":8}}` |
+//! | `{"cmd":"tier","what":{"add":{"spec":"block:/dev/x","order":7}}}` | `{"ok":true}` once the supervisor was told; status tells the rest; below all others, or with `"before":"nbd"` not; also `{"remove":{"order":8}}`, of several with `"name"` |
 //! | `{"cmd":"upgrade","program":"/path","order":7}` | `{"ok":true}` once the supervisor was told; status tells the rest |
 //!
 //! A refusal is `{"ok":false,"error":"one line"}`. The agent serves it; a client that sends nothing
@@ -109,21 +110,39 @@ pub enum TierChange {
         /// As that of an upgrade.
         order: u64,
     },
-    /// Whether the disk tier is to be empty.
+    /// Whether the only disk tier is to be empty.
     Drain(bool),
     /// It is to be empty, unless what lies there does not fit into memory.
     Empty,
+    /// Whether that disk tier is to be empty.
+    DrainOne {
+        /// As `tier list` calls it.
+        name: String,
+        /// Whether.
+        drain: bool,
+    },
+    /// It is to be empty, unless what lies there does not fit into memory and other disk tiers.
+    EmptyOne {
+        /// Likewise.
+        name: String,
+    },
     /// One more, below.
     Add {
         /// As `--tier` has it.
         spec: String,
         /// As that of an upgrade.
         order: u64,
+        /// The name of the one above which it is to be. None: it is to be the last.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        before: Option<String>,
     },
-    /// The one below is to go, empty as it is.
+    /// One below is to go, empty as it is.
     Remove {
         /// Likewise.
         order: u64,
+        /// Its name. None: the only one.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        name: Option<String>,
     },
 }
 

@@ -223,7 +223,11 @@ fn keep_over_exec(fd: RawFd, keep: bool) {
 
 /// What this program hands over and takes over.
 pub fn formats() -> Value {
-    json!({"handover_version": HANDOVER_VERSION, "arena_version": ghostswap::ARENA_VERSION})
+    json!({
+        "handover_version": HANDOVER_VERSION,
+        "arena_version": ghostswap::ARENA_VERSION,
+        "oldest_arena_version": ghostswap::OLDEST_ARENA_VERSION,
+    })
 }
 
 /// The same of another program, asked of itself.
@@ -238,7 +242,11 @@ pub fn check(device: &Value, formats: &Value) -> Result<()> {
     for what in ["handover", "arena"] {
         let key = format!("{what}_version");
         let (there, new) = (&device[&key], &formats[&key]);
-        if there != new || there.is_null() {
+        // What a program made that knows of one disk tier reads as it is, and can be given back.
+        let oldest = formats["oldest_arena_version"].as_u64().unwrap_or(u64::MAX);
+        let older = what == "arena"
+            && there.as_u64().is_some_and(|version| (oldest..=new.as_u64().unwrap_or(0)).contains(&version));
+        if there != new && !older || there.is_null() {
             bail!("the running daemon's {what} format is {there}, the new program's is {new}: nothing was changed");
         }
     }
@@ -255,8 +263,16 @@ mod tests {
         assert!(check(&formats(), &formats()).is_ok());
         let mut newer = formats();
         newer["arena_version"] = (ghostswap::ARENA_VERSION + 1).into();
+        // It says which it reads.
+        assert!(check(&formats(), &newer).is_ok());
+        newer["oldest_arena_version"] = (ghostswap::ARENA_VERSION + 1).into();
         assert!(check(&formats(), &newer).unwrap_err().to_string().contains("arena format"));
         assert!(check(&json!({}), &formats()).is_err());
+        let mut older = formats();
+        older["arena_version"] = ghostswap::OLDEST_ARENA_VERSION.into();
+        assert!(check(&older, &formats()).is_ok(), "of a program that knows one tier below");
+        older["arena_version"] = (ghostswap::OLDEST_ARENA_VERSION - 1).into();
+        assert!(check(&older, &formats()).is_err());
         assert!(check(&json!({}), &json!({})).is_err());
     }
 

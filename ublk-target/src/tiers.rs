@@ -23,13 +23,13 @@ pub fn run(command: Tier) -> Result<()> {
     match command {
         Tier::List { id, json } => list(id, json),
         Tier::Set { id, words } => set(id, &cli::settings(&words).map_err(|why| anyhow!(why))?),
-        Tier::Add { id, spec } => {
-            let what = |order| TierChange::Add { spec: spec.to_string(), order };
+        Tier::Add { id, spec, before } => {
+            let what = |order| TierChange::Add { spec: spec.to_string(), order, before: before.clone() };
             change(id, what).map_err(|e| anyhow!("ublkb{id} serves on as it was: {e:#}"))
         }
-        Tier::Remove { id, name } => remove(id, &name),
-        Tier::Drain { id, stop: true } => carry_out(id, &Request::Tier { what: TierChange::Drain(false) }),
-        Tier::Drain { id, stop: false } => drain(id),
+        Tier::Remove { id, name } => remove(id, name.as_deref()),
+        Tier::Drain { id, name, stop: true } => carry_out(id, &Request::Tier { what: drained(name.as_deref(), false) }),
+        Tier::Drain { id, name, stop: false } => drain(id, name.as_deref()),
     }
 }
 
@@ -44,12 +44,12 @@ fn list(id: u32, as_json: bool) -> Result<()> {
         println!("{}", json!({ "tiers": tiers }));
         return Ok(());
     }
-    println!("{:<6}{:>12}{:>12}{:>12}  {:<14}WHAT", "TIER", "LIMIT", "HELD", "LIVE", "STATE");
+    println!("{:<8}{:>12}{:>12}{:>12}  {:<14}WHAT", "TIER", "LIMIT", "HELD", "LIVE", "STATE");
     for tier in tiers {
         let text = |key: &str| tier[key].as_str().unwrap_or("?").to_owned();
         let size = |key: &str| format_size(tier[key].as_u64().unwrap_or(0));
         println!(
-            "{:<6}{:>12}{:>12}{:>12}  {:<14}{}",
+            "{:<8}{:>12}{:>12}{:>12}  {:<14}{}",
             text("name"),
             size("limit_bytes"),
             size("held_bytes"),
@@ -104,36 +104,60 @@ fn await_change(id: u32, order: u64) -> Result<()> {
     bail!("no news of the change after {} s; see ghostswap-ublk tier list {id}", CHANGE_PATIENCE.as_secs())
 }
 
-/// Drained first. Whatever comes between, the tier is in use again.
-fn remove(id: u32, name: &str) -> Result<()> {
-    if !device(id)?["tiers"].as_array().is_some_and(|tiers| tiers.iter().any(|tier| tier["name"] == name)) {
-        bail!("ublkb{id} has no tier below memory");
+/// Of the tier that is called so, None: the only one.
+fn drained(name: Option<&str>, drain: bool) -> TierChange {
+    name.map_or(TierChange::Drain(drain), |name| TierChange::DrainOne { name: name.into(), drain })
+}
+
+/// What is known of it.
+fn disk<'a>(device: &'a Value, id: u32, name: Option<&str>) -> Result<&'a Value> {
+    let stats = &device["stats"];
+    let disks = stats["disks"].as_array().map_or(&[][..], Vec::as_slice);
+    let names = || disks.iter().filter_map(|disk| disk["name"].as_str()).collect::<Vec<_>>().join(", ");
+    match (disks, name) {
+        // A daemon that knows of one only.
+        ([], None | Some("disk")) if stats["disk"].is_object() => Ok(&stats["disk"]),
+        ([], _) => bail!("ublkb{id} has no tier below memory"),
+        ([only], None | Some("disk")) => Ok(only),
+        (_, None) => bail!("ublkb{id} has several tiers below memory, say which: {}", names()),
+        (_, Some(name)) => match disks.iter().find(|disk| disk["name"] == name) {
+            Some(disk) => Ok(disk),
+            None => bail!("ublkb{id} has no tier called {name} below memory: it has {}", names()),
+        },
     }
+}
+
+/// Drained first. Whatever comes between, the tier is in use again.
+fn remove(id: u32, name: Option<&str>) -> Result<()> {
+    let there = device(id)?;
+    let shown = disk(&there, id, name)?["name"].as_str().unwrap_or("disk");
     let received = signals::block(&[libc::SIGINT, libc::SIGTERM, libc::SIGHUP])?;
-    let what = format!("remove {name} of /dev/ublkb{id}");
-    empty(id, &what, &TierChange::Empty, &received)?;
-    let removed = change(id, |order| TierChange::Remove { order });
+    let what = format!("remove {shown} of /dev/ublkb{id}");
+    let all = name.map_or(TierChange::Empty, |name| TierChange::EmptyOne { name: name.into() });
+    empty(id, name, &what, &all, &received)?;
+    let removed = change(id, |order| TierChange::Remove { order, name: name.map(Into::into) });
     removed.map_err(|e| {
-        let _ = carry_out(id, &Request::Tier { what: TierChange::Drain(false) });
+        let _ = carry_out(id, &Request::Tier { what: drained(name, false) });
         anyhow!("the tier is empty and stays: {e:#}")
     })
 }
 
 /// Ended by a signal, the tier is in use again.
-fn drain(id: u32) -> Result<()> {
+fn drain(id: u32, name: Option<&str>) -> Result<()> {
     let received = signals::block(&[libc::SIGINT, libc::SIGTERM, libc::SIGHUP])?;
-    empty(id, &format!("drain /dev/ublkb{id}"), &TierChange::Drain(true), &received)
+    empty(id, name, &format!("drain /dev/ublkb{id}"), &drained(name, true), &received)
 }
 
 /// Has the tier drained by `how` and waits until it is empty; `Empty` is asked for again and again, since what comes
 /// meanwhile may take the room.
-fn empty(id: u32, what: &str, how: &TierChange, received: &OwnedFd) -> Result<()> {
+fn empty(id: u32, name: Option<&str>, what: &str, how: &TierChange, received: &OwnedFd) -> Result<()> {
+    let is_removal = matches!(how, TierChange::Empty | TierChange::EmptyOne { .. });
     carry_out(id, &Request::Tier { what: how.clone() })?;
     let mut shown = Progress::new(what);
     let (mut asked, mut looked) = (Instant::now(), Instant::now());
     loop {
-        let disk = match device(id) {
-            Ok(device) => device["stats"]["disk"].clone(),
+        let disk = match device(id).and_then(|device| disk(&device, id, name).cloned()) {
+            Ok(disk) => disk,
             // Under pressure a look may come to nothing: then the next one.
             Err(_) if looked.elapsed() < LOOK_PATIENCE => {
                 std::thread::sleep(LOOK_EVERY);
@@ -149,27 +173,27 @@ fn empty(id: u32, what: &str, how: &TierChange, received: &OwnedFd) -> Result<()
             return Ok(());
         }
         if used <= bytes("unreadable_bytes") {
-            let left = anyhow!("{} cannot be read and stay there; all else is in memory", format_size(used));
-            return give_up(id, how, left);
+            let left = anyhow!("{} cannot be read and stay there; all else is elsewhere", format_size(used));
+            return give_up(id, name, is_removal, left);
         }
-        if *how == TierChange::Empty && asked.elapsed() >= ASK_EVERY {
+        if is_removal && asked.elapsed() >= ASK_EVERY {
             asked = Instant::now();
-            if let Err(e) = carry_out(id, &Request::Tier { what: TierChange::Empty }) {
-                return give_up(id, how, e);
+            if let Err(e) = carry_out(id, &Request::Tier { what: how.clone() }) {
+                return give_up(id, name, is_removal, e);
             }
         }
         let [ended] = signals::poll([received.as_raw_fd()], LOOK_EVERY);
         if ended {
-            carry_out(id, &Request::Tier { what: TierChange::Drain(false) })?;
+            carry_out(id, &Request::Tier { what: drained(name, false) })?;
             bail!("stopped: the tier is in use again, with {} in it", format_size(used));
         }
     }
 }
 
 /// What a removal began is taken back; draining by hand goes on until it is told otherwise.
-fn give_up(id: u32, how: &TierChange, why: anyhow::Error) -> Result<()> {
-    if *how == TierChange::Empty {
-        carry_out(id, &Request::Tier { what: TierChange::Drain(false) })?;
+fn give_up(id: u32, name: Option<&str>, is_removal: bool, why: anyhow::Error) -> Result<()> {
+    if is_removal {
+        carry_out(id, &Request::Tier { what: drained(name, false) })?;
         return Err(anyhow!("the tier is in use again: {why:#}"));
     }
     Err(why)
@@ -189,7 +213,8 @@ pub fn write_back(id: u32, idle_s: u32) -> Result<()> {
             carry_out(id, &Request::WriteBack { idle_s })?;
             continue;
         }
-        if disk["failing"] == true {
+        let disks = now["stats"]["disks"].as_array().map_or(std::slice::from_ref(disk), Vec::as_slice);
+        if disks.iter().all(|disk| disk["failing"] == true) {
             bail!("the disk tier refuses writes; what did not go there stays in memory");
         }
         if disk["writing_back"] != true {

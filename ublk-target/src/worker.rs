@@ -316,6 +316,12 @@ impl Device {
                     Ok(Request::Tier { what: TierChange::Set { spec, .. } }) => (self.set_tier(&spec), false),
                     Ok(Request::Tier { what: TierChange::Drain(drain) }) => (told(self.store.drain_disk(drain)), false),
                     Ok(Request::Tier { what: TierChange::Empty }) => (told(self.store.empty_disk()), false),
+                    Ok(Request::Tier { what: TierChange::DrainOne { name, drain } }) => {
+                        (told(self.store.drain_tier(Some(&name), drain)), false)
+                    }
+                    Ok(Request::Tier { what: TierChange::EmptyOne { name } }) => {
+                        (told(self.store.empty_tier(Some(&name))), false)
+                    }
                     Ok(Request::Resize { bytes }) => (self.resize(bytes), false),
                     Ok(_) => (Answer::refusal("that is not the worker's to do"), false),
                     Err(e) => (Answer::refusal(format!("bad request: {e}")), false),
@@ -336,7 +342,7 @@ impl Device {
             live_bytes: stats.live_bytes,
             held_bytes: stats.held_bytes,
             limit_bytes: stats.limit_bytes,
-            disk_bytes: stats.disk.filter(|disk| !disk.failing && !disk.draining).map_or(0, |disk| disk.capacity_bytes),
+            disk_bytes: stats.usable_disk_bytes(),
         });
     }
 

@@ -85,7 +85,7 @@ while [ $n -lt "$rounds" ]; do
         ghostswap-ublk tier add 0 "$spec" || fail "round $n: add"
     fi
     has_disk || fail "round $n: no tier"
-    refused 'one at most' tier add 0 "$spec"
+    refused 'two tiers' tier add 0 "$spec"
     case $n in
     3) kill -9 "$(number process)"; sleep 8; has_disk || fail "the heir has no tier" ;;
     5) ghostswap-ublk upgrade 0 --program /bin/ghostswap-next || fail "upgrade"; has_disk || fail "upgraded without the tier" ;;

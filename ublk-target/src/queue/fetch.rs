@@ -152,7 +152,7 @@ impl Server<'_> {
             Begun::ByOthers => true,
             Begun::NotNow => false,
             Begun::ByYou(fd) => {
-                let entry = opcode::Read::new(types::Fd(fd), buffer, fetch.bytes() as u32).offset(fetch.at());
+                let entry = opcode::Read::new(types::Fd(fd), buffer, fetch.bytes() as u32).offset(fetch.at().byte());
                 // SAFETY: as above.
                 with_task_io_ring_mut(|ring| unsafe {
                     ring.submission().push(&entry.build().user_data(user_data)).is_ok()

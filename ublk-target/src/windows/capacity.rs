@@ -42,7 +42,7 @@ pub struct Held {
     pub held_bytes: u64,
     /// The most that may be.
     pub limit_bytes: u64,
-    /// What a disk tier can hold, while it can be written to.
+    /// What disk tiers can hold that can be written to.
     pub disk_bytes: u64,
 }
 
