@@ -73,14 +73,19 @@ fn train(store: &Store) -> bool {
     store.stats().dictionaries.trained > before.trained
 }
 
+/// There is one then, be it that one or one that was trained by itself just before.
+fn trained(store: &Store) {
+    assert!(train(store) || store.stats().dictionaries.trained > 0, "{}", store.stats());
+}
+
 /// Twice as many pages, the first half compressed without and the other with a dictionary.
 fn filled(arena: &OwnedFd) -> Store {
     let store = open(TIER, arena);
     let volume = store.create_volume(1 << 40).unwrap();
     write(&mut volume.lane().unwrap(), 0..PAGES, 1);
     let without = store.stats().live_bytes;
-    // If one was not trained by itself meanwhile.
-    assert!(train(&store) || store.stats().dictionaries.trained > 0);
+    // By itself, as there is enough to learn from, and by nobody else's wish: one is all there is.
+    until(&store, "it is trained", |s| s.dictionaries.trained == 1);
     write(&mut volume.lane().unwrap(), PAGES..2 * PAGES, 1);
     let stats = store.stats();
     assert!(stats.dictionaries.pages >= PAGES, "{stats}");
@@ -122,7 +127,7 @@ fn pages_come_back_whoever_opens_the_arena() {
             drop((lane, store));
             // This one needed it no more; the next is to have one again.
             let again = open(TIER, &arena);
-            assert!(train(&again));
+            trained(&again);
             write(&mut again.open_volume(0).unwrap().lane().unwrap(), 0..2 * PAGES, 1);
         }
     }
@@ -192,7 +197,7 @@ fn with_a_damaged_dictionary_pages_are_lost_and_none_is_another() {
         // And it goes on.
         let mut lane = store.open_volume(0).unwrap().lane().unwrap();
         write(&mut lane, 0..2 * PAGES, 1);
-        assert!(train(&store) || store.stats().dictionaries.trained > 0);
+        trained(&store);
         write(&mut lane, 0..2 * PAGES, 1);
         assert_eq!(check(&store, 0..2 * PAGES, 1), 0, "{what}");
         assert_eq!(store.stats().lost_pages, 0, "{what}");
@@ -210,12 +215,13 @@ fn what_lies_on_disk_keeps_its_dictionary() {
     store.write_back(0).unwrap();
     until(&store, "pages go down", |s| s.disk.as_ref().is_some_and(|d| d.live_bytes > 1 << 20 && !d.writing_back));
     // Another one is current, and all that is in memory was made with it.
-    let mut lane = store.create_volume(1 << 40).unwrap().lane().unwrap();
-    write(&mut lane, 0..PAGES, 2);
+    let second = store.create_volume(1 << 40).unwrap();
+    write(&mut second.lane().unwrap(), 0..PAGES, 2);
     assert!(train(&store));
-    write(&mut lane, 0..PAGES, 2);
+    // By another lane: one that is open goes on in a segment of the dictionary before.
+    write(&mut second.lane().unwrap(), 0..PAGES, 2);
     assert!(store.stats().dictionaries.count > 1);
-    drop((lane, store));
+    drop((second, store));
     let store = open(&tier, &arena);
     assert_eq!(check(&store, 0..2 * PAGES, 1), 0);
     assert!(store.stats().dictionaries.count > 1, "pages on disk need the first");

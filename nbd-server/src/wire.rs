@@ -1,8 +1,8 @@
 //! Buffered bytes of one connection, plain or in TLS: two fixed buffers, and what rustls keeps of one record.
 //!
-//! Replies collect in `out` and go to the socket when it is full or when the next request must be
-//! waited for; so a burst of pipelined requests costs one read and one write. No reply can be held
-//! back while we wait: `fill` is the only place that reads, and it sends first.
+//! Replies collect in `out` and go to the socket when the next request must be waited for, or there is enough of them
+//! for the client to work on while we go on: a burst of pipelined writes costs one read and one write, one of reads
+//! some more. No reply can be held back while we wait: `fill` is the only place that reads, and it sends first.
 //!
 //! Nothing that came before TLS is taken for what comes in it: whoever sends on before the handshake
 //! is hung up on.
@@ -21,6 +21,8 @@ const HEADER_ROOM_BYTES: usize = 4096;
 /// For a client to close its end, once all has been said.
 const GOODBYE_TIME: Duration = Duration::from_secs(1);
 const BUFFER_BYTES: usize = SLICE_BYTES + HEADER_ROOM_BYTES;
+/// Replies of which a client has enough to do: four pages.
+const ENOUGH_BYTES: usize = 16 << 10;
 
 pub struct Wire {
     link: Link,
@@ -180,7 +182,7 @@ impl Wire {
 
     fn make_room(&mut self, len: usize) -> Result<()> {
         assert!(len <= BUFFER_BYTES, "callers cut data into slices");
-        if self.out_end + len > BUFFER_BYTES {
+        if self.out_end >= ENOUGH_BYTES || self.out_end + len > BUFFER_BYTES {
             self.send()?;
         }
         Ok(())

@@ -187,7 +187,9 @@ fn resident_kib(processes: &[u32]) -> u64 {
             line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap()
         })
     };
-    println!("{:?} KiB in {processes:?}", each("VmRSS:").collect::<Vec<_>>());
+    for what in ["VmRSS:", "RssAnon:", "RssFile:", "RssShmem:"] {
+        println!("{what} {:?} KiB in {processes:?}", each(what).collect::<Vec<_>>());
+    }
     each("RssAnon:").sum::<u64>() + each("RssFile:").max().unwrap() + each("RssShmem:").max().unwrap()
 }
 

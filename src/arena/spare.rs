@@ -10,6 +10,9 @@
 //! what others take meanwhile; below what all others are refused, so those who free memory to go on
 //! themselves feed growth. The quarter beneath is left to a take-over.
 //!
+//! A thread that is not real-time has to ask for what is spare for anybody: what lies above `low`, where the kernel
+//! begins to reclaim.
+//!
 //! Zones are asked of `/proc/zoneinfo`, which is slow, once in a while; in between the free memory
 //! of the machine (`sysinfo`) is taken to have changed in the zones that count.
 
@@ -26,8 +29,8 @@ const TEXT_BYTES: usize = 8 << 10;
 pub struct Spare {
     zones: Option<File>,
     text: Box<[u8]>,
-    /// Free bytes that cannot be had at once.
-    out_of_reach: u64,
+    /// Free bytes that cannot be had at once, by a real-time task and by others.
+    out_of_reach: [u64; 2],
     asked: Option<Instant>,
 }
 
@@ -38,23 +41,32 @@ impl Spare {
         // Without /proc all free memory counts, as if there were no watermarks.
         let zones = File::open("/proc/zoneinfo").ok();
         let text = vec![0; if zones.is_some() { TEXT_BYTES } else { 0 }].into_boxed_slice();
-        Spare { zones, text, out_of_reach: 0, asked: None }
+        Spare { zones, text, out_of_reach: [0; 2], asked: None }
     }
 
-    /// Bytes that can be had at once.
+    /// Bytes that can be had at once, by a real-time task.
     pub fn bytes(&mut self) -> u64 {
-        let Ok((_, free)) = host_memory() else { return 0 };
+        self.within_reach()[0]
+    }
+
+    /// Bytes that any task can have at once.
+    pub fn bytes_for_anybody(&mut self) -> u64 {
+        self.within_reach()[1]
+    }
+
+    fn within_reach(&mut self) -> [u64; 2] {
+        let Ok((_, free)) = host_memory() else { return [0; 2] };
         if self.asked.is_none_or(|at| at.elapsed() >= REFRESH) {
             self.asked = Some(Instant::now());
             if let Some((free, within_reach)) = self.read_zones() {
-                self.out_of_reach = free - within_reach;
+                self.out_of_reach = within_reach.map(|bytes| free - bytes);
             }
         }
-        free.saturating_sub(self.out_of_reach)
+        self.out_of_reach.map(|bytes| free.saturating_sub(bytes))
     }
 
-    /// Bytes free, and of them within reach. None: the text is not as expected.
-    fn read_zones(&mut self) -> Option<(u64, u64)> {
+    /// Bytes free, and of them within reach of real-time tasks and of others. None: the text is not as expected.
+    fn read_zones(&mut self) -> Option<(u64, [u64; 2])> {
         let zones = self.zones.as_ref()?;
         let mut sum = Zones::default();
         // The text is longer the more CPUs there are: read piece by piece, a cut line kept.
@@ -74,14 +86,15 @@ impl Spare {
     }
 }
 
-/// Over all zones what is free, and what of it lies above three quarters of `min` and the zone's
+/// Over all zones what is free, and what of it lies above three quarters of `min`, or above `low`, and the zone's
 /// protection from allocations that could go elsewhere.
 #[derive(Default)]
 struct Zones {
     free_pages: u64,
-    reach_pages: u64,
+    reach_pages: [u64; 2],
     free: Option<u64>,
     min: Option<u64>,
+    low: Option<u64>,
 }
 
 impl Zones {
@@ -89,26 +102,29 @@ impl Zones {
     fn add(&mut self, line: &str) -> Option<()> {
         let mut words = line.split_ascii_whitespace();
         match (words.next(), words.next()) {
-            (Some("Node"), _) => (self.free, self.min) = (None, None),
+            (Some("Node"), _) => (self.free, self.min, self.low) = (None, None, None),
             // "pages free N": the heading of a zone's figures.
             (Some("pages"), Some("free")) => self.free = Some(words.next()?.parse().ok()?),
             (Some("min"), Some(n)) if self.min.is_none() => self.min = Some(n.parse().ok()?),
+            (Some("low"), Some(n)) if self.low.is_none() => self.low = Some(n.parse().ok()?),
             (Some("protection:"), Some(_)) => {
                 // Its last entry is for allocations that may come from any zone, as ours do.
                 let last = line.trim_end().trim_end_matches(')').rsplit([' ', '(']).next()?;
                 let protected: u64 = last.parse().ok()?;
-                let (free, min) = (self.free?, self.min?);
+                let (free, floors) = (self.free?, [self.min? * 3 / 4, self.low?]);
                 self.free_pages += free;
-                self.reach_pages += free.saturating_sub(min * 3 / 4 + protected);
+                for (reach, floor) in self.reach_pages.iter_mut().zip(floors) {
+                    *reach += free.saturating_sub(floor + protected);
+                }
             }
             _ => {}
         }
         Some(())
     }
 
-    fn bytes(&self) -> Option<(u64, u64)> {
+    fn bytes(&self) -> Option<(u64, [u64; 2])> {
         let page = PAGE_BYTES as u64;
-        (self.free_pages > 0).then_some((self.free_pages * page, self.reach_pages * page))
+        (self.free_pages > 0).then_some((self.free_pages * page, self.reach_pages.map(|pages| pages * page)))
     }
 }
 
@@ -135,21 +151,22 @@ Node 0, zone    DMA32
   pages free     12000
         boost    0
         min      8000
-        low      13861
+        low      10000
         protection: (0, 0, 0, 0, 0)
 Node 0, zone   Normal
   pages free     0
         min      0
+        low      0
         protection: (0, 0, 0, 0, 0)
 ";
 
     #[test]
-    fn counts_what_lies_above_three_quarters_of_min() {
+    fn counts_what_lies_above_three_quarters_of_min_and_above_low() {
         let page = PAGE_BYTES as u64;
-        // Of the first zone 1083 - 130 - 930, of the second 12000 - 6000.
+        // Of the first zone 1083 - 130 - 930 and nothing, of the second 12000 - 6000 and 12000 - 10000.
         let mut zones = Zones::default();
         TEXT.lines().for_each(|line| zones.add(line).unwrap());
-        assert_eq!(zones.bytes(), Some((13083 * page, (23 + 6000) * page)));
+        assert_eq!(zones.bytes(), Some((13083 * page, [(23 + 6000) * page, 2000 * page])));
         assert_eq!(Zones::default().bytes(), None);
     }
 
@@ -157,7 +174,7 @@ Node 0, zone   Normal
     fn this_machine_has_some_to_spare() {
         let mut spare = Spare::new();
         let (free, within_reach) = spare.read_zones().unwrap();
-        assert!(within_reach > 0 && within_reach < free);
-        assert!(spare.bytes() > 0);
+        assert!(within_reach[1] > 0 && within_reach[1] < within_reach[0] && within_reach[0] < free);
+        assert!(spare.bytes() > spare.bytes_for_anybody() && spare.bytes_for_anybody() > 0);
     }
 }

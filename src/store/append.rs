@@ -243,6 +243,18 @@ impl Appender {
         }
     }
 
+    /// Seals what is open with a dictionary that no new segment gets: it could not be dropped while that is open, and
+    /// who knows when more comes.
+    pub fn close_old(&mut self, s: &Shared) {
+        let current = s.dictionaries.current();
+        let is_old = |open: &Open| open.dictionary != 0 && open.dictionary != current;
+        for place in 0..self.open.len() {
+            if let Some(open) = self.open[place].take_if(|open| is_old(open)) {
+                self.seal(s, open);
+            }
+        }
+    }
+
     /// Seals what is open: nothing more comes.
     pub fn close(&mut self, s: &Shared) {
         for open in std::mem::take(&mut self.open).into_iter().flatten() {

@@ -79,6 +79,8 @@ impl Cleaner {
         // Making room comes first.
         let more = (how != Cleaning::Urgent || !cleaned) && self.compress_again();
         self.release();
+        self.copier.appender.close_old(&shared);
+        self.recompressor.iter_mut().for_each(|one| one.appender.close_old(&shared));
         let old = shared.retire_dictionaries();
         if let (Cleaning::Rest | Cleaning::Tidy, Some(id)) = (how, old) {
             // One at a time: nobody waits for it.
@@ -120,7 +122,7 @@ impl Cleaner {
     fn recompressor(&mut self) -> Option<&mut Recompressor> {
         let shared = &self.shared;
         if let (None, Some(cold)) = (&self.recompressor, shared.config.cold) {
-            if self.spare.bytes() >= shared.cost_of_cold() {
+            if self.spare.bytes_for_anybody() >= shared.cost_of_cold() {
                 self.recompressor = Some(Recompressor::new(shared, cold));
                 self.copier.equip(shared);
             }

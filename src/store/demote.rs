@@ -168,6 +168,7 @@ impl Mover {
     pub fn step(&mut self) -> bool {
         let shared = self.shared.clone();
         let _busy = shared.quiet[2 + self.at].lock().unwrap_or_else(PoisonError::into_inner);
+        self.copier.appender.close_old(&shared);
         let lower = &shared.lower[self.at];
         if self.is_away(lower) || !lower.claim() || self.standing.rests() {
             self.let_go(&shared);

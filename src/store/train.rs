@@ -47,13 +47,19 @@ pub(super) struct Trainer {
     /// When the last one was, or this store was opened, and the number that segments were sealed with then.
     last: Option<(Instant, u64)>,
     rest_until: Option<Instant>,
+    /// The last one found no memory: even who asks for another waits until then.
+    no_memory_until: Option<Instant>,
 }
 
 impl Trainer {
     pub fn new(s: &Shared) -> Trainer {
         // The one that is there already is as good as one just trained.
         let has_one = s.dictionaries.current() != 0;
-        Trainer { last: has_one.then(|| (Instant::now(), s.segments.next_sequence())), rest_until: None }
+        Trainer {
+            last: has_one.then(|| (Instant::now(), s.segments.next_sequence())),
+            rest_until: None,
+            no_memory_until: None,
+        }
     }
 
     /// Trains one, if it is time to. True: it did, be it better or not.
@@ -63,7 +69,8 @@ impl Trainer {
         }
         let by_hand = s.dictionaries.train_now.load(Ordering::Relaxed);
         let begun = Instant::now();
-        if !by_hand && self.rest_until.is_some_and(|until| begun < until) {
+        let rests = |until: Option<Instant>| until.is_some_and(|until| begun < until);
+        if !by_hand && rests(self.rest_until) || rests(self.no_memory_until) {
             return false;
         }
         // To look at all segments once a second is enough.
@@ -71,13 +78,20 @@ impl Trainer {
         if !by_hand && !training(&self.lesson(s, begun)) || s.dictionaries.free_number().is_none() {
             return false;
         }
-        if spare.bytes() < cost(s) {
+        if spare.bytes_for_anybody() < cost(s) {
             return false;
         }
         s.dictionaries.train_now.store(false, Ordering::Relaxed);
-        self.last = Some((begun, s.segments.next_sequence()));
-        if !learn(s) {
-            s.dictionaries.refused.fetch_add(1, Ordering::Relaxed);
+        match learn(s, spare) {
+            Some(better) => {
+                self.last = Some((begun, s.segments.next_sequence()));
+                s.dictionaries.refused.fetch_add((!better).into(), Ordering::Relaxed);
+            }
+            None => {
+                // Who asked for it still waits.
+                s.dictionaries.train_now.fetch_or(by_hand, Ordering::Relaxed);
+                self.no_memory_until = Some(Instant::now() + LOOK_EVERY);
+            }
         }
         let percent = if s.config.cold.is_some() { s.cpu_percent() } else { CPU_PERCENT };
         let now = Instant::now();
@@ -103,6 +117,34 @@ fn cost(s: &Shared) -> u64 {
     ((SAMPLES + MAX_GROUP) * PAGE_BYTES + 2 * dictionary) as u64 + TRAINING_BYTES
 }
 
+/// Pages of what is stored.
+struct Samples {
+    /// To learn from.
+    known: Vec<u8>,
+    /// To judge by.
+    judges: Vec<u8>,
+}
+
+impl Samples {
+    fn new() -> Samples {
+        let judges = SAMPLES.div_ceil(JUDGES);
+        let room = |pages| Vec::with_capacity(pages * PAGE_BYTES);
+        Samples { known: room(SAMPLES - judges), judges: room(judges) }
+    }
+
+    fn count(&self) -> usize {
+        (self.known.len() + self.judges.len()) / PAGE_BYTES
+    }
+
+    fn take(&mut self, page: &[u8]) {
+        match self.count() {
+            SAMPLES.. => {}
+            n if n % JUDGES == 0 => self.judges.extend_from_slice(page),
+            _ => self.known.extend_from_slice(page),
+        }
+    }
+}
+
 /// Segments that can be learned from, and what is live of them.
 fn eligible(s: &Shared) -> impl Iterator<Item = (SegmentId, u32)> + '_ {
     (0..grow::known_segments(s)).map(SegmentId).filter_map(|id| {
@@ -111,30 +153,31 @@ fn eligible(s: &Shared) -> impl Iterator<Item = (SegmentId, u32)> + '_ {
     })
 }
 
-/// False: nothing came of it.
-fn learn(s: &Shared) -> bool {
+/// False: nothing better came of it. None: there is no memory for it at this moment, the host's or the arena's.
+fn learn(s: &Shared, spare: &mut Spare) -> Option<bool> {
     let levels = s.config.dict_levels();
-    let Some(&level) = levels.first() else { return false };
+    let Some(&level) = levels.first() else { return Some(false) };
     let mut codec = Codec::new(CodecChoice::Zstd(level), 0);
-    let pages = samples(s, &mut codec);
-    if pages.len() < LEAST_SAMPLES * PAGE_BYTES {
-        return false;
+    let Samples { known, judges } = samples(s, &mut codec);
+    if known.len() + judges.len() < LEAST_SAMPLES * PAGE_BYTES {
+        return Some(false);
     }
-    let (mut known, mut judges) =
-        (Vec::with_capacity(pages.len()), Vec::with_capacity(pages.len() / JUDGES + PAGE_BYTES));
-    for (i, page) in pages.chunks_exact(PAGE_BYTES).enumerate() {
-        if i % JUDGES == 0 { &mut judges } else { &mut known }.extend_from_slice(page);
+    // The library asks for the rest, and cannot be told to wait for it.
+    if spare.bytes_for_anybody() < TRAINING_BYTES {
+        return None;
     }
-    drop(pages);
-    let Some(bytes) = train(&known, s.config.most_dict_bytes(), level) else { return false };
-    let Some(dictionary) = Dictionary::new(&bytes, &levels) else { return false };
+    let Some(bytes) = train(&known, s.config.most_dict_bytes(), level) else { return Some(false) };
+    let Some(dictionary) = Dictionary::new(&bytes, &levels) else { return Some(false) };
     let now = s.dictionaries.get(s.dictionaries.current()).map(|one| &one.dictionary);
     let trial = Trial {
         without: compressed(&mut codec, &judges, None),
         now: now.filter(|now| codec.takes(now)).map(|now| compressed(&mut codec, &judges, Some(now))),
         new: compressed(&mut codec, &judges, Some(&dictionary)),
     };
-    is_better(&trial) && s.take_up(bytes, dictionary)
+    match is_better(&trial) {
+        false => Some(false),
+        true => s.take_up(bytes, dictionary).then_some(true),
+    }
 }
 
 /// What pages take, each alone.
@@ -146,8 +189,8 @@ fn compressed(codec: &mut Codec, pages: &[u8], with: Option<&Dictionary>) -> u64
 }
 
 /// Pages of what compresses, as many of each segment.
-fn samples(s: &Shared, codec: &mut Codec) -> Vec<u8> {
-    let mut pages = Vec::with_capacity(SAMPLES * PAGE_BYTES);
+fn samples(s: &Shared, codec: &mut Codec) -> Samples {
+    let mut pages = Samples::new();
     let mut group = vec![0; MAX_GROUP * PAGE_BYTES];
     let count = eligible(s).count();
     if count == 0 {
@@ -165,7 +208,7 @@ fn samples(s: &Shared, codec: &mut Codec) -> Vec<u8> {
 }
 
 /// Adds `each` pages of a claimed segment, be they live or not, as far as there is room.
-fn sample(s: &Shared, open: Open, each: usize, codec: &mut Codec, group: &mut [u8], pages: &mut Vec<u8>) {
+fn sample(s: &Shared, open: Open, each: usize, codec: &mut Codec, group: &mut [u8], pages: &mut Samples) {
     let records = || {
         let mut at = 0;
         std::iter::from_fn(move || {
@@ -181,8 +224,8 @@ fn sample(s: &Shared, open: Open, each: usize, codec: &mut Codec, group: &mut [u
         let whole = &mut group[..header.pages * PAGE_BYTES];
         let with = if header.pages == 1 { with } else { None };
         let sound = codec.decompress(header.codec, &record[header.bytes()..], whole, with);
-        if sound && pages.len() < SAMPLES * PAGE_BYTES {
-            pages.extend_from_slice(&whole[..PAGE_BYTES]);
+        if sound {
+            pages.take(&whole[..PAGE_BYTES]);
         }
     }
 }

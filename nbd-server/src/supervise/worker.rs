@@ -65,6 +65,8 @@ impl Worker {
         let is_trial = trial.is_some();
         pass::send(&link, &serde_json::to_string(&Header { sockets, trial })?, &estate.descriptors())?;
         let mut command = handover::again(program);
+        // One heap for all its threads (glibc's mallopt(3)): each connection's own would keep two MiB when it has gone.
+        command.env("MALLOC_ARENA_MAX", "1");
         command.env(WORKER, VERSION).stdin(OwnedFd::from(its));
         let child = command.spawn().context("cannot start a worker")?;
         // Waited for with all others, those that this process found at its beginning included.
