@@ -15,6 +15,7 @@ const PAGE: u64 = 4096;
 /// More than memory holds, and half of that.
 const PAGES: u64 = 7000;
 const KEPT: u64 = 2500;
+/// Of adding and removing a tier; as many as `GHOSTSWAP_TIER_CYCLES` says, if it does.
 const CYCLES: u64 = 6;
 const SETTINGS: u64 = 20;
 
@@ -124,13 +125,14 @@ impl Drop for Stop<'_> {
 
 #[test]
 fn a_tier_comes_and_goes_under_load() {
+    let cycles = std::env::var("GHOSTSWAP_TIER_CYCLES").map_or(CYCLES, |n| n.parse().unwrap());
     let tiered = Tiered::start("tiers");
     let disk = |n: u64| format!("file:{}/cold{},size=64M,prealloc=off", tiered.server.directory.display(), n % 2);
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let loading = scope.spawn(|| load(&tiered.server, &stop));
         let stopping = Stop(&stop);
-        for n in 0..CYCLES {
+        for n in 0..cycles {
             tiered.does(&["tier", "add", &disk(n)]);
             assert_eq!(tiered.live_below(), Some(0));
             tiered.refuses(1, &["tier", "add", &disk(n)], "two tiers");
@@ -138,7 +140,7 @@ fn a_tier_comes_and_goes_under_load() {
             (0..PAGES).for_each(|page| client.write_page(page, &noise(page, n)));
             assert!(tiered.live_below().unwrap() > 2 << 20, "{:?}", tiered.live_below());
             tiered.refuses(1, &["tier", "remove"], "does not fit");
-            match n {
+            match n % CYCLES {
                 1 => {
                     let worker = tiered.server.worker();
                     kill("KILL", worker);
@@ -153,7 +155,7 @@ fn a_tier_comes_and_goes_under_load() {
             client.request(0, 4, KEPT * PAGE, ((PAGES - KEPT) * PAGE) as u32, b"");
             assert_eq!(client.errno(), 0);
             drop(client);
-            if n == 3 {
+            if n % CYCLES == 3 {
                 // In the middle of it, as it may be.
                 let removing = scope.spawn(|| tiered.ask(&["tier", "remove"]));
                 std::thread::sleep(Duration::from_millis(300));
