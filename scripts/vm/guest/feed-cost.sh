@@ -24,6 +24,7 @@ for how in ${4:-bpf kprobe discards neither}; do
     hogpid=$!
     while kill -0 $hogpid 2> /dev/null && ! grep -q errors /tmp/hog.out; do sleep 0.5; done
     echo "$how: $(tail -n 1 /tmp/hog.out)"
+    grep -q ' 0 errors$' /tmp/hog.out || { echo "the hog found wrong pages, or died"; exit 1; }
     sleep 1
     stored; peak=$stored
     number pid; pid=$value
@@ -32,7 +33,7 @@ for how in ${4:-bpf kprobe discards neither}; do
     echo 1 > /proc/sys/kernel/bpf_stats_enabled
     q0=$(queues "$pid")
     kill $hogpid
-    wait $hogpid 2> /dev/null || true
+    wait $hogpid 2> /dev/null || [ $? -eq 143 ]
     sleep 5
     q1=$(queues "$pid")
     kernel=$(program "$pid")
