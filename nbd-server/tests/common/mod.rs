@@ -167,9 +167,12 @@ pub fn kill(signal: &str, process: u32) {
     let _ = Command::new("kill").args(["-s", signal, &process.to_string()]).output();
 }
 
-/// Not even as a zombie.
+/// Whether anything is left of it but a zombie. One of several threads whose first has ended is a zombie by its status
+/// alone: its other threads may still hold its files, and its sockets listen.
 pub fn is_running(process: u32) -> bool {
-    std::fs::read_to_string(format!("/proc/{process}/stat")).is_ok_and(|stat| !stat.contains(") Z "))
+    let is_zombie = std::fs::read_to_string(format!("/proc/{process}/stat")).map(|stat| stat.contains(") Z "));
+    let threads = || std::fs::read_dir(format!("/proc/{process}/task")).map_or(0, Iterator::count);
+    is_zombie.is_ok_and(|is_zombie| !is_zombie || threads() > 1)
 }
 
 pub fn write_file(path: &Path, bytes: &[u8], mode: u32) {
