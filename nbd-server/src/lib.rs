@@ -2,7 +2,7 @@
 //!
 //! `supervise` keeps the arena and the listening sockets, a worker that serves and one that stands by. `control` is the
 //! socket by which exports and `tiers` are listed, added and removed. A connection's way: `listen` accepts it, `server`
-//! counts it and gives it a thread, `handshake` agrees on an export and a form of messages, `transmission` answers
+//! counts it and gives it a thread (`crew`), `handshake` agrees on an export and a form of messages, `transmission` answers
 //! requests through one `Lane`. Below them `wire` buffers bytes, in TLS or plain, over any `transport`; `proto` alone knows the layout of
 //! messages; it is the library's, whose tiers speak NBD too.
 //!
@@ -14,6 +14,7 @@
 pub mod connect;
 pub mod control;
 pub mod conversation;
+pub mod crew;
 pub mod export;
 pub mod fetching;
 pub mod handshake;

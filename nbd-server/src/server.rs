@@ -1,10 +1,11 @@
-//! Connections: a thread for each, and limits on how many there are.
+//! Connections: a thread for each (of `crew`), and limits on how many there are.
 //!
-//! A client costs a lane only once it has gone to an export; until then it costs two buffers and at most
-//! the handshake's time. So clients that never get there cannot keep others from their lanes.
+//! A client costs a lane and buffers only once it has gone to an export; until then it costs a thread and at most the
+//! handshake's time. So clients that never get there cannot keep others from their lanes.
 //!
 //! Lock order: `connections` is the only lock, held for moments and never while a socket waits.
 
+use crate::crew::Crew;
 use crate::handshake::{self, Offer};
 use crate::listen::Listener;
 use crate::supervise::Desk;
@@ -38,7 +39,7 @@ pub struct Limits {
     pub in_flight_bytes: usize,
 }
 
-const REFUSALS_TOLD_EVERY: Duration = Duration::from_secs(1);
+const STORMS_TOLD_EVERY: Duration = Duration::from_secs(1);
 
 #[derive(Clone)]
 pub struct Server(Arc<Shared>);
@@ -48,6 +49,7 @@ struct Shared {
     limits: Limits,
     connections: Mutex<Connections>,
     one_left: Condvar,
+    crew: Crew,
 }
 
 struct Open {
@@ -60,25 +62,43 @@ struct Connections {
     open: HashMap<u64, Open>,
     next: u64,
     ending: bool,
-    /// Refused since that was last told, and when that was.
-    refused: u64,
+    refused: Storm,
+    /// Those that got to no export.
+    lost: Storm,
+}
+
+/// Events of one kind, of which a storm is not to be one of log lines.
+#[derive(Default)]
+struct Storm {
+    /// Since that was last told, and when that was.
+    count: u64,
     told: Option<Instant>,
+}
+
+impl Storm {
+    /// Counts one. How many there are to be told of, if it is time for that.
+    fn count(&mut self) -> Option<u64> {
+        self.count += 1;
+        if self.told.is_some_and(|told| told.elapsed() < STORMS_TOLD_EVERY) {
+            return None;
+        }
+        self.told = Some(Instant::now());
+        Some(std::mem::take(&mut self.count))
+    }
 }
 
 impl Connections {
     fn refuse(&mut self, why: &dyn Display) {
-        self.refused += 1;
-        // A storm of clients is not to be one of log lines.
-        if self.told.is_none_or(|told| told.elapsed() >= REFUSALS_TOLD_EVERY) {
-            warn!("refused {} client(s): {why}", std::mem::take(&mut self.refused));
-            self.told = Some(Instant::now());
+        if let Some(count) = self.refused.count() {
+            warn!("refused {count} client(s): {why}");
         }
     }
 }
 
 impl Server {
     pub fn new(offer: Offer, limits: Limits) -> Server {
-        Server(Arc::new(Shared { offer, limits, connections: Mutex::default(), one_left: Condvar::new() }))
+        let (connections, one_left, crew) = Default::default();
+        Server(Arc::new(Shared { offer, limits, connections, one_left, crew }))
     }
 
     /// Serves whoever connects, for as long as the process lives, and says that it does.
@@ -142,7 +162,7 @@ impl Server {
             server.serve(number, socket, &work);
             server.forget(number);
         };
-        if let Err(error) = std::thread::Builder::new().name(format!("nbd-{number}")).spawn(serving) {
+        if let Err(error) = self.0.crew.run(serving) {
             self.connections().refuse(&error);
             self.forget(number);
         }
@@ -159,7 +179,7 @@ impl Server {
             Ok(Some(chosen)) => chosen,
             // What it does with its end does not matter any more.
             Ok(None) => return drop(wire.close()),
-            Err(error) => return info!(connection = number, "handshake: {error}"),
+            Err(error) => return self.lost(number, &error),
         };
         info!(connection = number, export = chosen.visit.0.name, client = chosen.client.first(), "client connected");
         let Limits { idle_time, in_flight_bytes, .. } = self.0.limits;
@@ -169,6 +189,14 @@ impl Server {
         match served.and_then(|()| wire.close()) {
             Ok(()) => info!(connection = number, "client left"),
             Err(error) => warn!(connection = number, "client lost: {error}"),
+        }
+    }
+
+    fn lost(&self, number: u64, error: &std::io::Error) {
+        match self.connections().lost.count() {
+            Some(1) => info!(connection = number, "handshake: {error}"),
+            Some(count) => info!(connection = number, "{count} handshakes that led to no export, the last: {error}"),
+            None => {}
         }
     }
 

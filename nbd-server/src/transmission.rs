@@ -50,6 +50,7 @@ struct Terms {
 /// wait for the disk, so that neither keeps the other waiting. A client that leaves in order is answered all it asked
 /// for; of one that just hangs up, what waits is dropped, since nothing of that was acknowledged.
 pub fn serve(wire: &mut Wire, chosen: Chosen, in_flight_bytes: usize, work: &Work) -> io::Result<()> {
+    wire.widen();
     let terms = Terms {
         volume_bytes: chosen.visit.0.volume.bytes(),
         read_only: chosen.visit.0.read_only,

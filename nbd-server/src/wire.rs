@@ -1,4 +1,6 @@
-//! Buffered bytes of one connection, plain or in TLS: two fixed buffers, and what rustls keeps of one record.
+//! Buffered bytes of one connection, plain or in TLS: two buffers, and what rustls keeps of one record. They are small
+//! until a client has come to an export: those who only connect and leave are to cost the others little, and a large
+//! buffer is made and given back by changing the address space (malloc(3)), which stops all threads for a moment.
 //!
 //! Replies collect in `out` and go to the socket when the next request must be waited for, or there is enough of them
 //! for the client to work on while we go on: a burst of pipelined writes costs one read and one write, one of reads
@@ -21,6 +23,7 @@ const HEADER_ROOM_BYTES: usize = 4096;
 /// For a client to close its end, once all has been said.
 const GOODBYE_TIME: Duration = Duration::from_secs(1);
 const BUFFER_BYTES: usize = SLICE_BYTES + HEADER_ROOM_BYTES;
+const SMALL_BYTES: usize = 8 << 10;
 /// Replies of which a client has enough to do: four pages.
 const ENOUGH_BYTES: usize = 16 << 10;
 
@@ -53,11 +56,21 @@ impl Wire {
     pub fn new(transport: Box<dyn Transport>) -> Wire {
         Wire {
             link: Link { transport, tls: None, limit: Limit::Each(None) },
-            input: vec![0; BUFFER_BYTES],
+            input: vec![0; SMALL_BYTES],
             start: 0,
             end: 0,
-            out: vec![0; BUFFER_BYTES],
+            out: vec![0; SMALL_BYTES],
             out_end: 0,
+        }
+    }
+
+    /// From now on as much as it can is taken and sent at a time.
+    pub fn widen(&mut self) {
+        for buffer in [&mut self.input, &mut self.out].into_iter().filter(|buffer| buffer.len() < BUFFER_BYTES) {
+            // Not by `resize`, which writes all of it: what is never used is to cost no memory.
+            let mut wide = vec![0; BUFFER_BYTES];
+            wide[..buffer.len()].copy_from_slice(buffer);
+            *buffer = wide;
         }
     }
 
@@ -139,6 +152,9 @@ impl Wire {
             return Ok(());
         }
         self.send()?;
+        if len > self.input.len() {
+            self.widen();
+        }
         // To the front if it must be or costs little: a read then has the whole buffer.
         if self.start + len > self.input.len() || self.end - self.start <= HEADER_ROOM_BYTES {
             self.input.copy_within(self.start..self.end, 0);
@@ -182,8 +198,11 @@ impl Wire {
 
     fn make_room(&mut self, len: usize) -> Result<()> {
         assert!(len <= BUFFER_BYTES, "callers cut data into slices");
-        if self.out_end >= ENOUGH_BYTES || self.out_end + len > BUFFER_BYTES {
+        if self.out_end >= ENOUGH_BYTES || self.out_end + len > self.out.len() {
             self.send()?;
+        }
+        if len > self.out.len() {
+            self.widen();
         }
         Ok(())
     }
