@@ -7,7 +7,7 @@ mod ledger;
 mod nbdkit;
 mod on_disk;
 
-use ghostswap::config::TierSettings;
+use ghostswap::config::{with_tier, TierConfig, TierSettings};
 use ghostswap::{create_arena, Error, Standby, Store, StoreConfig, Tls};
 use nbdkit::Nbdkit;
 use on_disk::{check, content, wait_for, write, Dir, PAGE, PAGES};
@@ -454,7 +454,7 @@ fn settings_of_a_server_are_tried_before_pages_depend_on_them() {
     let attempt = |settings: &str| -> Result<Standby, Error> {
         let tiers = settings.parse::<TierSettings>().unwrap().apply(&before.tiers)?;
         let mut standby = Standby::new(StoreConfig { tiers, ..before.clone() }, arena.try_clone().unwrap())?;
-        standby.try_tier()?;
+        standby.try_tiers(&before.tiers)?;
         Ok(standby)
     };
     let refused = |settings: &str, why: &str| {
@@ -487,8 +487,43 @@ fn settings_of_a_server_are_tried_before_pages_depend_on_them() {
 }
 
 #[test]
+fn another_tier_is_added_while_a_server_is_away() {
+    let dir = Dir::new("nbd-away");
+    let mut server = on_file(&dir, &[]);
+    let before = config(&server, "");
+    let arena = create_arena(false).unwrap();
+    let store = Store::open_arena(before.clone(), arena.try_clone().unwrap()).unwrap();
+    let mut lane = store.create_volume(1 << 30).unwrap().lane().unwrap();
+    write(&mut lane, 0..PAGES, 1);
+    server.kill();
+    wait_for("noticing", || store.stats().disk.unwrap().failing);
+    let attempt = |now: &[TierConfig]| -> Result<Standby, Error> {
+        let more = format!("file:{},size=64M,prealloc=off", beside(&dir, "more")).parse().unwrap();
+        let tiers = with_tier(&before.tiers, more, None)?;
+        let mut standby = Standby::new(StoreConfig { tiers, ..before.clone() }, arena.try_clone().unwrap())?;
+        standby.try_tiers(now)?;
+        Ok(standby)
+    };
+    // Where it is not known that it was reached this way before.
+    let refused = attempt(&[]).err().unwrap().to_string();
+    assert!(refused.contains("nbd"), "{refused}");
+    let standby = attempt(&before.tiers).unwrap();
+    drop((lane, store));
+    let store = standby.open().unwrap();
+    let mut lane = store.open_volume(0).unwrap().lane().unwrap();
+    // More than memory holds, and no other place for it.
+    write(&mut lane, 100_000..100_000 + PAGES, 2);
+    check(&mut lane, 100_000..100_000 + PAGES, 2);
+    server.start_again();
+    check(&mut lane, 0..PAGES, 1);
+    drop(lane);
+    store.audit().unwrap();
+}
+
+#[test]
 fn what_cannot_be_a_tier_is_refused_in_a_line() {
     let dir = Dir::new("nbd-refused");
+    let nameless = std::thread::spawn(|| Store::open(configured("nbd:nbd://nowhere.invalid/x", "ram,limit=8M")).err());
     let refused = |tier: &str| {
         let why = Store::open(configured(tier, "ram,limit=8M")).err().unwrap().to_string();
         assert!(!why.contains('\n') && why.contains("nbd"), "{why}");
@@ -533,4 +568,7 @@ fn what_cannot_be_a_tier_is_refused_in_a_line() {
         let told = refused(&format!("nbd:{uri}"));
         assert!(told.contains(why), "{arguments:?}: {told}");
     }
+    // Nobody has that name, or nobody can be asked.
+    let told = nameless.join().unwrap().unwrap().to_string();
+    assert!(told.contains("nowhere.invalid") && told.contains("look") && !told.contains('\n'), "{told}");
 }

@@ -242,7 +242,7 @@ fn a_standby_takes_a_new_tier_beside_those_that_there_are() {
     write(&mut lane, 0..PAGES / 3, 1);
     let attempt = |tiers: &[String]| -> Result<Standby, Error> {
         let mut standby = Standby::new(config(tiers), arena.try_clone().unwrap())?;
-        standby.try_tier()?;
+        standby.try_tiers(&[])?;
         Ok(standby)
     };
     std::fs::write(place(&dir, "c"), "dear all").unwrap();

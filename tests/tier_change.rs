@@ -198,7 +198,7 @@ fn what_cannot_be_a_tier_is_refused_and_nothing_is_lost() {
     // By one that stands by, while the store is in use.
     let attempt = |config: StoreConfig| -> Result<Standby, Error> {
         let mut standby = Standby::new(config, arena.try_clone().unwrap())?;
-        standby.try_tier()?;
+        standby.try_tiers(&[])?;
         Ok(standby)
     };
     let refused = |path: &Path| attempt(with(path)).map(|_| ()).unwrap_err().to_string();

@@ -418,7 +418,7 @@ fn serve(args: &Args, given: Given) -> Result<()> {
     // It may be another program's.
     standby.check()?;
     if trial.is_some() {
-        standby.try_tier()?;
+        standby.try_tiers(&ledger.tiers(&args.tier)?)?;
     }
     ledger.exports().map_or(Ok(()), |table| check_table(&table))?;
     let Some(order) = link.stand_by(&mut standby)? else { return Ok(()) };

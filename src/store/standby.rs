@@ -13,7 +13,7 @@ use super::recover::heap_bytes;
 use super::{build, clean, Owner, Store};
 use crate::arena::{host_memory, AllBound, Arena, Spare, Waiting};
 use crate::codec::{Codec, Dictionary};
-use crate::config::{Checked, StoreConfig};
+use crate::config::{Checked, DiskTier, StoreConfig, TierConfig};
 use crate::error::{system, Error, Result};
 use crate::io::Medium;
 use crate::page::PAGE_BYTES;
@@ -73,20 +73,26 @@ impl Standby {
     }
 
     /// Makes sure that the tiers below which the arena, in use by another process, knows can be had by this configuration:
-    /// their servers answer to it. And that those which it does not know yet can be added to it, and gets ready for that:
-    /// they are taken and made tiers, and the arena's table has the memory for their extents. So [`Standby::open`] finds as
-    /// little to wait for as with tiers that were there before. May wait for servers, for a file's space, and up to ten
-    /// seconds for memory.
-    pub fn try_tier(&mut self) -> Result<()> {
+    /// their servers answer to it, unless one is reached as by a tier of `now`, those in use: that it may be away is no
+    /// reason against another tier, rather one for it. And that those which it does not know yet can be added to it, and
+    /// gets ready for that: they are taken and made tiers, and the arena's table has the memory for their extents. So
+    /// [`Standby::open`] finds as little to wait for as with tiers that were there before. May wait for servers, for a
+    /// file's space, and up to ten seconds for memory.
+    pub fn try_tiers(&mut self, now: &[TierConfig]) -> Result<()> {
+        let is_as_now = |tier: &DiskTier| {
+            now.iter().any(|other| matches!(other, TierConfig::Disk(other) if other.place == tier.place))
+        };
         let bound = self.waiting.tiers();
         let known =
             matched(&self.config.below, self.below.iter().map(|(medium, ..)| medium), &bound, Default::default());
         let segment_bytes = self.waiting.segment_bytes().unwrap_or(self.config.segment_bytes as usize);
         let (mut added, mut last) = (0, String::new());
-        for ((medium, .., new), known) in self.below.iter_mut().zip(known) {
+        for (((medium, .., new), tier), known) in self.below.iter_mut().zip(&self.config.below).zip(known) {
             if let Some(bound) = known.and_then(|no| bound[no.index()]) {
                 // A server that would be reached no more, by a key that is wrong say, is one whose pages would be lost.
-                medium.bytes(true).and_then(|_| medium.check(&bound.id))?;
+                if medium.remote().is_none() || !is_as_now(tier) {
+                    medium.bytes(true).and_then(|_| medium.check(&bound.id))?;
+                }
                 continue;
             }
             let made = New::make(medium, segment_bytes)?;

@@ -18,6 +18,7 @@ use crate::handover::HANDOVER_VERSION;
 use crate::heir::Guard;
 use crate::protect::Usage;
 use crate::slotfree::{self, Feed, Source};
+use crate::supervise::tiers_of;
 use crate::windows::Held;
 use crate::{daemon, device, log, protect, queue, signals};
 use anyhow::{anyhow, bail, Context, Result};
@@ -147,7 +148,7 @@ pub fn run(setup: Setup<'_>) -> Result<()> {
     let feed = setup.feed.map(|source| Feed::map(source, &setup.shared)).transpose()?.map(Arc::new);
     let mut standby = stand_by(setup.add, setup.tiers, setup.arena)?;
     if setup.trial {
-        standby.try_tier()?;
+        standby.try_tiers(&tiers_of(&setup.shared, &setup.add.tiers))?;
     }
     let mut ready = Ready::new(setup.add, standby, setup.shared, feed, setup.device)?;
     daemon::say(&mut tell, "ready");

@@ -1,10 +1,12 @@
 //! A carrier: a thread that keeps one connection to the server, and carries requests over it.
 //!
 //! It connects, agrees on the export, looks whose it is, serves until something breaks, gives back what was not
-//! answered, rests, and begins again. With TLS it allocates (rustls does); else nothing after its first connection.
+//! answered, rests, and begins again. With TLS it allocates (rustls does); else nothing after its first connection, but
+//! for a look at what a name stands for (`names.rs`) while its server is not to be found.
 //! It waits only in `poll`, with a bound, and logs nothing: the mover does (`store/demote.rs`).
 
 use super::conversation::{Conversation, LEAST_PAYLOAD};
+use super::names::Addresses;
 use super::office::{Office, Sleep};
 use super::post::Post;
 use super::tls::Securer;
@@ -12,7 +14,7 @@ use super::transport::{wait, For, Patient, Transport};
 use crate::io::backing;
 use crate::nbd::handshake::{self, Export, Failure};
 use crate::nbd::proto::{Command, Request};
-use socket2::{Domain, SockAddr};
+use socket2::SockAddr;
 use std::io::ErrorKind;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
@@ -27,9 +29,9 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 const LOOK: Duration = Duration::from_millis(250);
 const IDLE_LOOK: Duration = Duration::from_secs(5);
 
-/// The way to a server, all of it looked up beforehand.
+/// The way to a server.
 pub(super) struct Way {
-    pub addresses: Vec<SockAddr>,
+    pub addresses: Addresses,
     pub export: String,
     pub tls: Option<Arc<dyn Securer>>,
 }
@@ -41,6 +43,7 @@ pub(super) struct Carrier {
     post: Post,
     talk: Conversation,
     pause: Duration,
+    /// Of the connection that there is, or was.
     over_tcp: bool,
     /// It has a connection that serves.
     up: bool,
@@ -52,8 +55,7 @@ impl Carrier {
     /// All that it needs is there afterwards.
     pub fn new(number: usize, office: Arc<Office>, way: Arc<Way>) -> crate::Result<Carrier> {
         let (post, talk) = (Post::new()?, Conversation::new());
-        let over_tcp = way.addresses.iter().any(|address| address.domain() != Domain::UNIX);
-        Ok(Carrier { over_tcp, number, office, way, post, talk, pause: PAUSE, up: false, alone: false })
+        Ok(Carrier { over_tcp: false, number, office, way, post, talk, pause: PAUSE, up: false, alone: false })
     }
 
     pub fn run(mut self) {
@@ -88,14 +90,25 @@ impl Carrier {
         }
     }
 
-    fn connect(&self) -> Result<(Transport, Export, bool), Failure> {
+    fn connect(&mut self) -> Result<(Transport, Export, bool), Failure> {
         let mut last = Failure::Io(ErrorKind::AddrNotAvailable.into());
-        for address in &self.way.addresses {
-            match self.connect_to(address) {
-                Ok(connected) => return Ok(connected),
-                Err(failure) => last = failure,
+        for n in 0.. {
+            match self.way.addresses.nth(n) {
+                Ok(None) => break,
+                Ok(Some(address)) => match self.connect_to(&address) {
+                    Ok(connected) => {
+                        self.over_tcp = !address.is_unix();
+                        return Ok(connected);
+                    }
+                    Err(failure) => last = failure,
+                },
+                Err(unknown) => {
+                    last = unknown.into();
+                    break;
+                }
             }
         }
+        self.way.addresses.doubt();
         Err(last)
     }
 

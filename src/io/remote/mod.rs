@@ -19,6 +19,7 @@
 
 mod carrier;
 mod conversation;
+mod names;
 mod objects;
 mod office;
 mod post;
@@ -31,15 +32,14 @@ mod transport;
 use super::backing::{bad, check_free, head_of, is_head_of, SIGNATURES_BYTES};
 use super::medium::{Callers, MOST_DISCARDS};
 use super::{Buffer, TierKey, BLOCK_BYTES};
-use crate::config::{format_size, DiskTier, NbdAddress, NbdPlace, NbdTls, S3Place, MIN_DISK_BYTES};
+use crate::config::{format_size, DiskTier, NbdPlace, NbdTls, S3Place, MIN_DISK_BYTES};
 use crate::error::{system, Error, Result};
 use crate::nbd::handshake::Failure;
 use carrier::{Carrier, Way};
+use names::Addresses;
 use objects::{Alone, Objects};
 use office::{Identity, Office};
 use post::{Post, Waiter};
-use socket2::SockAddr;
-use std::net::ToSocketAddrs;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
@@ -71,7 +71,7 @@ pub(crate) struct Remote {
 }
 
 impl Remote {
-    /// Looks up addresses, reads certificates, starts the carriers. Waits for no server: they begin to connect, as
+    /// Looks up addresses (`names.rs`), reads certificates, starts the carriers. Waits for no server: they begin to connect, as
     /// for a store that stands by.
     pub fn start_nbd(tier: &DiskTier, nbd: &NbdPlace, callers: &Callers) -> Result<Remote> {
         let load = |files: &NbdTls| match callers.tls {
@@ -79,7 +79,8 @@ impl Remote {
             None => Err("this program was built without TLS (cargo build --features tls)".into()),
         };
         let tls = nbd.tls.as_ref().map(load).transpose().map_err(|why| bad(tier, &why))?;
-        let way = Arc::new(Way { addresses: look_up(tier, nbd)?, export: nbd.export.clone(), tls });
+        let addresses = Addresses::of(&nbd.address).map_err(|e| bad(tier, &e.to_string()))?;
+        let way = Arc::new(Way { addresses, export: nbd.export.clone(), tls });
         let count = usize::from(nbd.connections.unwrap_or(CONNECTIONS));
         let mut remote = Remote::new(tier, None, count, nbd.timeout_s)?;
         let stack = if nbd.tls.is_some() { TLS_STACK_BYTES } else { STACK_BYTES };
@@ -311,23 +312,6 @@ impl Drop for Remote {
 impl std::fmt::Display for Remote {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         self.tier.place.path().display().fmt(f)
-    }
-}
-
-fn look_up(tier: &DiskTier, nbd: &NbdPlace) -> Result<Vec<SockAddr>> {
-    match &nbd.address {
-        NbdAddress::Unix(path) => {
-            let address = SockAddr::unix(path);
-            Ok(vec![address.map_err(|_| bad(tier, &format!("not a socket's path: {}", path.display())))?])
-        }
-        NbdAddress::Tcp(host, port) => {
-            let found = (host.as_str(), *port).to_socket_addrs();
-            let found: Vec<_> = found.map_err(|e| bad(tier, &e.to_string()))?.map(SockAddr::from).collect();
-            match found.is_empty() {
-                true => Err(bad(tier, "the host has no address")),
-                false => Ok(found),
-            }
-        }
     }
 }
 
