@@ -170,20 +170,38 @@ pub(crate) fn rest_after(worked: Duration, cpu_percent: u8) -> Duration {
 pub(crate) struct Lesson {
     /// Live bytes of what there is to learn from.
     pub stored_bytes: u64,
-    /// Seconds since the last training, and bytes of segments sealed since. None: there was none.
-    pub since: Option<(u64, u64)>,
+    /// None: there was no training yet.
+    pub last: Option<Learned>,
+}
+
+/// The last training.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Learned {
+    /// Live bytes of what there was to learn from.
+    pub from_bytes: u64,
+    /// Since then.
+    pub seconds: u64,
+    /// Of segments sealed since then.
+    pub sealed_bytes: u64,
 }
 
 /// From less no dictionary comes that is good for what follows.
 const LEAST_LESSON: u64 = 4 << 20;
 /// Seconds between two trainings at least.
 const TRAINING_EVERY_S: u64 = 600;
+/// But so many while a store fills, which is when it has become so many times as large.
+const FILLING_EVERY_S: u64 = 10;
+const FILLED_TIMES: u64 = 16;
 
-/// Whether to train one: when there is enough to learn from; then again, some time after, when as much was written anew
-/// as there is. Whether the content has changed by that, only the new one tells.
+/// Whether to train one: as soon as there is enough to learn from; then again, some time after, when as much was written
+/// anew as there is, or when what was learned from is little beside it. Whether the content has changed by that, only the
+/// new one tells.
 pub(crate) fn training(l: &Lesson) -> bool {
-    l.stored_bytes >= LEAST_LESSON
-        && l.since.is_none_or(|(seconds, bytes)| seconds >= TRAINING_EVERY_S && bytes >= l.stored_bytes)
+    let has_changed = |last: &Learned| last.seconds >= TRAINING_EVERY_S && last.sealed_bytes >= l.stored_bytes;
+    let has_filled = |last: &Learned| {
+        last.seconds >= FILLING_EVERY_S && l.stored_bytes >= last.from_bytes.saturating_mul(FILLED_TIMES)
+    };
+    l.stored_bytes >= LEAST_LESSON && l.last.is_none_or(|last| has_changed(&last) || has_filled(&last))
 }
 
 /// What pages that were not learned from take: without any dictionary, with the one in use, with the new one.
@@ -326,9 +344,16 @@ mod tests {
 
     #[test]
     fn trains_when_there_is_enough_and_again_when_it_is_another() {
-        let l = |stored: u64, since| training(&Lesson { stored_bytes: stored << 20, since });
+        let l = |stored: u64, last| training(&Lesson { stored_bytes: stored << 20, last });
         assert_eq!([3, 4, 400].map(|stored| l(stored, None)), [false, true, true]);
-        assert_eq!([(600, 40 << 20), (599, 40 << 20), (600, 39 << 20)].map(|s| l(40, Some(s))), [true, false, false]);
+        let after = |from: u64, seconds, sealed: u64| {
+            Some(Learned { from_bytes: from << 20, seconds, sealed_bytes: sealed << 20 })
+        };
+        let changed = [(600, 40), (599, 40), (600, 39)].map(|(seconds, sealed)| l(40, after(40, seconds, sealed)));
+        assert_eq!(changed, [true, false, false]);
+        let filled = [(64, 10), (64, 9), (63, 10)].map(|(stored, seconds)| l(stored, after(4, seconds, stored - 4)));
+        assert_eq!(filled, [true, false, false]);
+        assert!(!l(1 << 20, Some(Learned { from_bytes: u64::MAX, seconds: 599, sealed_bytes: u64::MAX })));
         assert!(emptying(10, 320, true) && !emptying(10, 319, true) && emptying(10, 10, false));
         let better = |without, now, new| is_better(&Trial { without, now, new });
         assert!(better(1000, None, 1000) && better(1000, None, 1025) && !better(1000, None, 1026));

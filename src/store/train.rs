@@ -15,7 +15,7 @@ use super::{grow, Shared, Store};
 use crate::arena::Spare;
 use crate::codec::{most_payload, train, Codec, Dictionary, TRAINING_BYTES, ZSTD};
 use crate::config::{CodecChoice, CPU_PERCENT};
-use crate::log::policy::{is_better, rest_after, training, Lesson, Trial};
+use crate::log::policy::{is_better, rest_after, training, Learned, Lesson, Trial};
 use crate::log::record::MAX_GROUP;
 use crate::log::segment::Open;
 use crate::page::{SegmentId, PAGE_BYTES};
@@ -28,7 +28,11 @@ const LEAST_SAMPLES: usize = 60;
 /// One in so many is to judge by.
 const JUDGES: usize = 5;
 
+/// How often to look whether there is something to learn, and until there was: what is written before has no dictionary.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+const FIRST_LOOK_EVERY: Duration = Duration::from_millis(50);
+/// Or so many times as long as it took.
+const FIRST_LOOK_PAUSES: u32 = 20;
 
 impl Store {
     /// Has a dictionary trained from what is stored, however little and whatever there was before; it is taken into use
@@ -44,8 +48,9 @@ impl Store {
 
 /// What is remembered from one training to the next.
 pub(super) struct Trainer {
-    /// When the last one was, or this store was opened, and the number that segments were sealed with then.
-    last: Option<(Instant, u64)>,
+    /// When the last one was, or this store was opened, the number that segments were sealed with then, and what there
+    /// was to learn from.
+    last: Option<(Instant, u64, u64)>,
     rest_until: Option<Instant>,
     /// The last one found no memory: even who asks for another waits until then.
     no_memory_until: Option<Instant>,
@@ -56,7 +61,7 @@ impl Trainer {
         // The one that is there already is as good as one just trained.
         let has_one = s.dictionaries.current() != 0;
         Trainer {
-            last: has_one.then(|| (Instant::now(), s.segments.next_sequence())),
+            last: has_one.then(|| (Instant::now(), s.segments.next_sequence(), u64::MAX)),
             rest_until: None,
             no_memory_until: None,
         }
@@ -73,9 +78,10 @@ impl Trainer {
         if !by_hand && rests(self.rest_until) || rests(self.no_memory_until) {
             return false;
         }
-        // To look at all segments once a second is enough.
-        self.rest_until = Some(begun + LOOK_EVERY);
-        if !by_hand && !training(&self.lesson(s, begun)) || s.dictionaries.free_number().is_none() {
+        let lesson = self.lesson(s, begun);
+        let first = FIRST_LOOK_EVERY.max(begun.elapsed() * FIRST_LOOK_PAUSES);
+        self.rest_until = Some(begun + if self.last.is_some() { LOOK_EVERY } else { first });
+        if !by_hand && !training(&lesson) || s.dictionaries.free_number().is_none() {
             return false;
         }
         if spare.bytes_for_anybody() < cost(s) {
@@ -84,7 +90,7 @@ impl Trainer {
         s.dictionaries.train_now.store(false, Ordering::Relaxed);
         match learn(s, spare) {
             Some(better) => {
-                self.last = Some((begun, s.segments.next_sequence()));
+                self.last = Some((begun, s.segments.next_sequence(), lesson.stored_bytes));
                 s.dictionaries.refused.fetch_add((!better).into(), Ordering::Relaxed);
             }
             None => {
@@ -103,9 +109,10 @@ impl Trainer {
         let segment_bytes = s.arena.segment_bytes() as u64;
         Lesson {
             stored_bytes: eligible(s).map(|(_, live)| u64::from(live)).sum(),
-            since: self.last.map(|(then, sequence)| {
-                let sealed = s.segments.next_sequence().saturating_sub(sequence);
-                ((now - then).as_secs(), sealed * segment_bytes)
+            last: self.last.map(|(then, sequence, from_bytes)| Learned {
+                from_bytes,
+                seconds: (now - then).as_secs(),
+                sealed_bytes: s.segments.next_sequence().saturating_sub(sequence) * segment_bytes,
             }),
         }
     }
