@@ -20,12 +20,17 @@ use std::io::{ErrorKind, Seek, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
 pub(super) const MAGIC: &[u8; 8] = b"GHOSTLOW";
 const VERSION: u64 = 1;
 const ID_AT: usize = 16;
 /// Where file systems, swap areas, volume managers and partition tables say what they are.
 pub(super) const SIGNATURES_BYTES: usize = 128 << 10;
+
+/// A file's space is written once before it is used, for so long at most, so many bytes at a time.
+const ZEROES_TIME: Duration = Duration::from_secs(60);
+const ZEROES_BYTES: usize = 1 << 20;
 
 /// A tier's identity.
 pub(crate) type TierKey = [u8; 16];
@@ -37,6 +42,8 @@ pub(crate) struct Backing {
     bytes: u64,
     /// Held open for a block device's exclusive use.
     alone: OnceLock<File>,
+    /// What it was when it was opened, if it was a tier.
+    bore: Option<TierKey>,
 }
 
 impl Backing {
@@ -66,7 +73,9 @@ impl Backing {
         if !file_wanted && bytes > there {
             return Err(bad(tier, &format!("it has {}, less than size={bytes}", format_size(there))));
         }
-        Ok(Backing { file, tier: tier.clone(), bytes, alone: OnceLock::new() })
+        let mut head = Buffer::new(BLOCK_BYTES);
+        let bore = file.read_exact_at(&mut head, 0).ok().and_then(|()| id_of(&head));
+        Ok(Backing { file, tier: tier.clone(), bytes, alone: OnceLock::new(), bore })
     }
 
     /// Bytes that may be used.
@@ -76,6 +85,10 @@ impl Backing {
 
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
+    }
+
+    pub fn is_file(&self) -> bool {
+        matches!(self.tier.place, Place::File(_))
     }
 
     /// Takes it for this process alone: nobody else can mount it, swap to it or claim it.
@@ -107,7 +120,7 @@ impl Backing {
             }
         }
         check_free(&self.tier, &start[..there])?;
-        if matches!(self.tier.place, Place::File(_)) {
+        if self.is_file() {
             let before = self.file.metadata().map_err(io)?.len();
             self.file.set_len(self.bytes).map_err(io)?;
             if self.tier.prealloc {
@@ -121,9 +134,16 @@ impl Backing {
     }
 
     fn take_space(&self) -> Result<()> {
+        // Linux include/uapi/linux/falloc.h, from 6.17 on: as blocks that were written to, if the device can say of them
+        // that they are zero. To others the first write waits for the file system, and that for memory.
+        const WRITE_ZEROES: libc::c_int = 0x80;
         // SAFETY: takes no pointers; the descriptor is ours.
-        if unsafe { libc::fallocate(self.file.as_raw_fd(), 0, 0, self.bytes as libc::off_t) } == 0 {
+        let take = |mode| unsafe { libc::fallocate(self.file.as_raw_fd(), mode, 0, self.bytes as libc::off_t) == 0 };
+        if take(WRITE_ZEROES) {
             return Ok(());
+        }
+        if take(0) {
+            return self.write_zeroes();
         }
         let e = std::io::Error::last_os_error();
         match e.raw_os_error() {
@@ -134,6 +154,29 @@ impl Backing {
             }
             _ => Err(bad(&self.tier, &e.to_string())),
         }
+    }
+
+    /// Writes to all of it, as far as that goes in a bounded time.
+    fn write_zeroes(&self) -> Result<()> {
+        let (mut zeroes, begun) = (Buffer::new(ZEROES_BYTES), Instant::now());
+        zeroes.fill(0);
+        let (mut at, end) = (0, self.bytes / BLOCK_BYTES as u64 * BLOCK_BYTES as u64);
+        while at < end {
+            if begun.elapsed() >= ZEROES_TIME {
+                let (text, path) = (format_size, self.tier.place.path().display());
+                tracing::warn!("{path}: {} of {} were written beforehand", text(at), text(self.bytes));
+                break;
+            }
+            let n = zeroes.len().min((end - at) as usize);
+            self.file.write_all_at(&zeroes[..n], at).map_err(|e| bad(&self.tier, &e.to_string()))?;
+            at += n as u64;
+        }
+        Ok(())
+    }
+
+    /// Whether it was the one with this identity when it was opened. Waits for nothing, which matters to who takes over.
+    pub fn bore(&self, id: &TierKey) -> bool {
+        self.bore.as_ref() == Some(id)
     }
 
     /// Makes sure that it is the one with this identity.
@@ -195,7 +238,13 @@ pub(super) fn head_of(id: &TierKey) -> Buffer {
 
 /// Whether this is the first block of the tier with this identity.
 pub(super) fn is_head_of(head: &[u8], id: &TierKey) -> bool {
-    head.starts_with(MAGIC) && head[8..16] == VERSION.to_le_bytes() && head[ID_AT..ID_AT + 16] == id[..]
+    id_of(head).as_ref() == Some(id)
+}
+
+/// The identity of the tier whose first block this is. None: it is no tier's.
+fn id_of(head: &[u8]) -> Option<TierKey> {
+    let is_one = head.starts_with(MAGIC) && head[8..16] == VERSION.to_le_bytes();
+    is_one.then(|| head[ID_AT..ID_AT + 16].try_into().ok()).flatten()
 }
 
 /// Whether a place that begins with this may be made a tier. True: it was one.

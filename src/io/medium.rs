@@ -71,6 +71,11 @@ impl Medium {
         }
     }
 
+    /// Whether it was that when it was opened, or is now.
+    pub fn bears(&self, id: &TierKey) -> bool {
+        matches!(self, Medium::Disk(backing) if backing.bore(id)) || self.check(id).is_ok()
+    }
+
     /// Reads all of the buffer from byte `at` on.
     pub fn read(&self, buffer: &mut [u8], at: u64) -> std::io::Result<()> {
         match self {
@@ -115,7 +120,7 @@ impl Medium {
     /// How a requester with such a ring reads from it.
     fn way(&self, ring: BorrowedFd<'_>) -> Result<From> {
         match self {
-            Medium::Disk(backing) => Ok(From::Disk(backing.fd().as_raw_fd())),
+            Medium::Disk(backing) => Ok(From::Disk(backing.fd().as_raw_fd(), backing.is_file())),
             Medium::Remote(remote) => Ok(From::Remote(Door::new(remote.clone(), ring)?)),
         }
     }
@@ -157,7 +162,8 @@ impl At {
 pub struct Source([Option<From>; MAX_TIERS_BELOW]);
 
 enum From {
-    Disk(RawFd),
+    /// True: a file.
+    Disk(RawFd, bool),
     Remote(Door),
 }
 
@@ -165,7 +171,14 @@ enum From {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Begun {
     /// The requester reads it itself, from this descriptor.
-    ByYou(RawFd),
+    ByYou {
+        #[allow(missing_docs, reason = "said above")]
+        fd: RawFd,
+        /// A file system may keep whoever asks waiting for what waits for memory, which is not to be who frees it: a
+        /// thread of the kernel's is to ask (IOSQE_ASYNC). ext4 looks under a lock where a block of a file is, which a
+        /// write to space that was never written holds while it asks for memory.
+        apart: bool,
+    },
     /// It is on its way. A completion comes in the requester's ring, as of a read of its own.
     ByOthers,
     /// Too many are under way: later.
@@ -181,7 +194,7 @@ impl Source {
 
     #[cfg(test)]
     pub(crate) fn disk(fd: RawFd) -> Source {
-        Source([Some(From::Disk(fd)), None, None, None])
+        Source([Some(From::Disk(fd, true)), None, None, None])
     }
 
     /// Begins to read so many bytes from there on, or leaves that to the requester. Neither waits nor allocates.
@@ -191,7 +204,7 @@ impl Source {
     /// this source.
     pub unsafe fn begin(&self, at: At, bytes: usize, buffer: *mut u8, user_data: u64) -> Begun {
         match self.0[at.tier.index()].as_ref().expect("what is fetched lies on a tier of the store") {
-            From::Disk(fd) => Begun::ByYou(*fd),
+            From::Disk(fd, is_file) => Begun::ByYou { fd: *fd, apart: *is_file },
             From::Remote(door) if door.read(at.byte, bytes as u32, buffer, user_data) => Begun::ByOthers,
             From::Remote(_) => Begun::NotNow,
         }

@@ -5,7 +5,7 @@
 use super::{At, Begun, Buffer, Source};
 use crate::error::{Error, Result};
 use crate::Lane;
-use io_uring::{opcode, types, IoUring};
+use io_uring::{opcode, squeue, types, IoUring};
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
@@ -66,10 +66,11 @@ impl Reads {
         match unsafe { self.source.begin(at, bytes, place, user_data) } {
             Begun::ByOthers => return true,
             Begun::NotNow => return false,
-            Begun::ByYou(fd) => {
-                let entry = opcode::Read::new(types::Fd(fd), place, bytes as u32).offset(at.byte());
+            Begun::ByYou { fd, apart } => {
+                let entry = opcode::Read::new(types::Fd(fd), place, bytes as u32).offset(at.byte()).build();
+                let entry = entry.flags(if apart { squeue::Flags::ASYNC } else { squeue::Flags::empty() });
                 // SAFETY: as above.
-                let pushed = unsafe { self.ring.submission().push(&entry.build().user_data(user_data)) };
+                let pushed = unsafe { self.ring.submission().push(&entry.user_data(user_data)) };
                 pushed.expect("a ring has an entry for each of its reads");
             }
         }

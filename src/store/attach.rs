@@ -83,7 +83,7 @@ pub(super) fn matched<'m>(
     for (n, (tier, medium)) in tiers.iter().zip(&media).enumerate() {
         let is_it = |one: &Bound| match medium.remote() {
             Some(_) => one.place == tier.place_number(),
-            None => medium.check(&one.id).is_ok(),
+            None => medium.bears(&one.id),
         };
         found[n] = free(&found).iter().find(|(_, one)| is_it(one)).map(|(no, _)| *no);
     }

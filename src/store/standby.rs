@@ -13,7 +13,7 @@ use super::recover::heap_bytes;
 use super::{build, clean, Owner, Store};
 use crate::arena::{host_memory, AllBound, Arena, Spare, Waiting};
 use crate::codec::{Codec, Dictionary};
-use crate::config::{Checked, DiskTier, StoreConfig, TierConfig};
+use crate::config::{Checked, DiskTier, Place, StoreConfig, TierConfig};
 use crate::error::{system, Error, Result};
 use crate::io::Medium;
 use crate::page::PAGE_BYTES;
@@ -153,6 +153,11 @@ impl Standby {
     /// configuration makes. 0: there is no disk tier.
     pub fn fetch_bytes(&self) -> usize {
         self.below.first().map_or(0, |_| most_bytes(self.config.most_group_pages()))
+    }
+
+    /// Whether reads will be begun that are for a thread of the kernel's to do ([`crate::Begun::ByYou`]).
+    pub fn reads_apart(&self) -> bool {
+        self.config.below.iter().any(|tier| matches!(tier.place, Place::File(_)))
     }
 
     /// Opens the store; see [`Store::open_arena`].

@@ -173,18 +173,18 @@ pub struct Running {
 
 impl Idle {
     /// Returns once the thread has its ring.
-    /// `fetch_bytes`: room that a fetch from disk takes, 0 if there is no disk.
+    /// `fetch_bytes`: room that a fetch from disk takes, 0 if there is no disk. `apart`: there are files to read from.
     pub fn start(
         qid: u16,
         depth: u16,
-        fetch_bytes: usize,
+        (fetch_bytes, apart): (usize, bool),
         shared: Arc<Shared>,
         feed: Option<Arc<Feed>>,
     ) -> Result<Idle> {
         let (jobs, given) = sync_channel::<Job>(1);
         let (tell, news) = sync_channel(1);
         let body = move || {
-            let prepared = prepare(qid, depth);
+            let prepared = prepare(qid, depth, apart);
             let failed = prepared.is_err();
             let fetches = Fetches::new(depth, fetch_bytes);
             let _ = tell.send(prepared);
@@ -228,10 +228,13 @@ pub fn run(idle: Vec<Idle>, dev: &Arc<UblkDev>, lane: impl Fn() -> ghostswap::Re
 }
 
 /// All that needs no device.
-fn prepare(qid: u16, depth: u16) -> Result<libc::pid_t> {
+fn prepare(qid: u16, depth: u16, apart: bool) -> Result<libc::pid_t> {
     crate::protect::first_in_line(crate::protect::TAKE_OVER_PRIORITY);
     init_ring(u32::from(depth) + 4 + FETCHES as u32)
         .map_err(|e| anyhow!("cannot set up io_uring for queue {qid}: {e:?}"))?;
+    if apart {
+        fetch::prepare_reads_apart().with_context(|| format!("no thread that reads files for queue {qid}"))?;
+    }
     // SAFETY: no preconditions.
     Ok(unsafe { libc::gettid() })
 }

@@ -191,8 +191,8 @@ impl<'a> Ready<'a> {
         feed: Option<Arc<Feed>>,
         id: Option<u32>,
     ) -> Result<Ready<'a>> {
-        let fetch_bytes = standby.fetch_bytes();
-        let start = |qid| queue::Idle::start(qid, add.depth, fetch_bytes, shared.clone(), feed.clone());
+        let fetches = (standby.fetch_bytes(), standby.reads_apart());
+        let start = |qid| queue::Idle::start(qid, add.depth, fetches, shared.clone(), feed.clone());
         let queues = (0..add.queues).map(start).collect::<Result<_>>()?;
         let watched = id.map(|id| device::watch(add, id)).transpose()?;
         let mut ready = Ready { add, shared, feed, standby, queues, watched };

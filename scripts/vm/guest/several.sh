@@ -31,6 +31,7 @@ has() {
         [ "$(live "$1")" -lt $(($2 << 20)) ] || return 0
         sleep 1
     done
+    echo "--- after $(cut -d. -f1 /proc/uptime) s"; ghostswap-ublk tier list 0; ghostswap-ublk status
     return 1
 }
 kill_worker() { kill -9 "$(number pid)" 2> /dev/null || fail "no worker"; }
@@ -56,6 +57,8 @@ for n in 1 2; do
     ghostswap-ublk tier list 0
     ghostswap-ublk tier add 0 "$first" --before last || fail "add above the other"
     ghostswap-ublk tier list 0 | sed -n 's/ .*//p' | tr '\n' ' ' | grep -q 'first last' || fail "not above the other"
+    # A hog that has what it touches most may write little for minutes.
+    ghostswap-ublk writeback 0 || fail "write back"
     has first 4 || fail "nothing goes there again"
 done
 if ghostswap-ublk tier remove 0 last 2> /tmp/why; then fail "there was room for all of it"; fi

@@ -7,6 +7,7 @@
 
 use super::{errno, Server, SLICE_BYTES, TIMER};
 use ghostswap::{Begun, Buffer, Error, Fetch, Lane, Source, Taken};
+use io_uring::squeue::Flags;
 use io_uring::{opcode, types};
 use libublk::io::{UblkIOCtx, UblkQueue};
 use libublk::with_task_io_ring_mut;
@@ -88,6 +89,18 @@ impl Fetches {
     }
 }
 
+/// Has the kernel make the thread that does this thread's reads of files (io_uring's io-wq), while there is memory for
+/// that. One stays for as long as this thread lives.
+pub fn prepare_reads_apart() -> std::io::Result<()> {
+    with_task_io_ring_mut(|ring| {
+        let nothing = opcode::Nop::new().build().flags(Flags::ASYNC);
+        // SAFETY: it has no buffers.
+        unsafe { ring.submission().push(&nothing) }.map_err(std::io::Error::other)?;
+        ring.submit_and_wait(1)?;
+        ring.completion().next().map_or(Err(std::io::ErrorKind::WouldBlock.into()), |_| Ok(()))
+    })
+}
+
 impl Drop for Fetches {
     fn drop(&mut self) {
         // A queue that ends early leaves reads to others, who write to these buffers yet and tell of it.
@@ -151,12 +164,11 @@ impl Server<'_> {
         match unsafe { source.begin(fetch.at(), fetch.bytes(), buffer, user_data) } {
             Begun::ByOthers => true,
             Begun::NotNow => false,
-            Begun::ByYou(fd) => {
+            Begun::ByYou { fd, apart } => {
                 let entry = opcode::Read::new(types::Fd(fd), buffer, fetch.bytes() as u32).offset(fetch.at().byte());
+                let entry = entry.build().flags(if apart { Flags::ASYNC } else { Flags::empty() });
                 // SAFETY: as above.
-                with_task_io_ring_mut(|ring| unsafe {
-                    ring.submission().push(&entry.build().user_data(user_data)).is_ok()
-                })
+                with_task_io_ring_mut(|ring| unsafe { ring.submission().push(&entry.user_data(user_data)).is_ok() })
             }
         }
     }
@@ -207,7 +219,10 @@ impl Server<'_> {
     fn refuse(&mut self, queue: &UblkQueue<'_>, mut read: Read, fetch: &Fetch, result: i32) {
         let source = std::io::Error::from_raw_os_error(if result < 0 { -result } else { libc::EIO });
         let error: Error = self.lane.fetch_failed(fetch, source);
-        read.refused += 1;
+        // The kernel had no memory for it, or for a thread that does it: that says nothing of the disk.
+        if !matches!(-result, libc::ENOMEM | libc::EAGAIN | libc::ECANCELED) {
+            read.refused += 1;
+        }
         if read.refused < TRIES {
             self.fetches.refused.push(read);
         } else {
