@@ -183,25 +183,32 @@ pub(crate) struct Learned {
     pub seconds: u64,
     /// Of segments sealed since then.
     pub sealed_bytes: u64,
+    /// So many in a row, this one the last, came to nothing, and no dictionary is in use.
+    pub in_vain: u32,
 }
 
 /// From less no dictionary comes that is good for what follows.
 const LEAST_LESSON: u64 = 4 << 20;
 /// Seconds between two trainings at least.
 const TRAINING_EVERY_S: u64 = 600;
-/// But so many while a store fills, which is when it has become so many times as large.
+/// But so many while a store fills, which is when it has become so many times as large, and twice as many each time while
+/// none was good enough.
 const FILLING_EVERY_S: u64 = 10;
 const FILLED_TIMES: u64 = 16;
 
 /// Whether to train one: as soon as there is enough to learn from; then again, some time after, when as much was written
-/// anew as there is, or when what was learned from is little beside it. Whether the content has changed by that, only the
-/// new one tells.
+/// anew as there is, or when what was learned from is little beside it, or, from other pages, when none came of it. Whether
+/// the content has changed by that, only the new one tells.
 pub(crate) fn training(l: &Lesson) -> bool {
     let has_changed = |last: &Learned| last.seconds >= TRAINING_EVERY_S && last.sealed_bytes >= l.stored_bytes;
     let has_filled = |last: &Learned| {
         last.seconds >= FILLING_EVERY_S && l.stored_bytes >= last.from_bytes.saturating_mul(FILLED_TIMES)
     };
-    l.stored_bytes >= LEAST_LESSON && l.last.is_none_or(|last| has_changed(&last) || has_filled(&last))
+    let has_none = |last: &Learned| {
+        last.in_vain > 0 && last.seconds >= (FILLING_EVERY_S << (last.in_vain - 1).min(6)).min(TRAINING_EVERY_S)
+    };
+    let again = |last: &Learned| has_changed(last) || has_filled(last) || has_none(last);
+    l.stored_bytes >= LEAST_LESSON && l.last.is_none_or(|last| again(&last))
 }
 
 /// What pages that were not learned from take: without any dictionary, with the one in use, with the new one.
@@ -347,13 +354,17 @@ mod tests {
         let l = |stored: u64, last| training(&Lesson { stored_bytes: stored << 20, last });
         assert_eq!([3, 4, 400].map(|stored| l(stored, None)), [false, true, true]);
         let after = |from: u64, seconds, sealed: u64| {
-            Some(Learned { from_bytes: from << 20, seconds, sealed_bytes: sealed << 20 })
+            Some(Learned { from_bytes: from << 20, seconds, sealed_bytes: sealed << 20, in_vain: 0 })
         };
         let changed = [(600, 40), (599, 40), (600, 39)].map(|(seconds, sealed)| l(40, after(40, seconds, sealed)));
         assert_eq!(changed, [true, false, false]);
         let filled = [(64, 10), (64, 9), (63, 10)].map(|(stored, seconds)| l(stored, after(4, seconds, stored - 4)));
         assert_eq!(filled, [true, false, false]);
-        assert!(!l(1 << 20, Some(Learned { from_bytes: u64::MAX, seconds: 599, sealed_bytes: u64::MAX })));
+        let found = Learned { from_bytes: u64::MAX, seconds: 599, sealed_bytes: u64::MAX, in_vain: 0 };
+        assert!(!l(1 << 20, Some(found)));
+        let in_vain =
+            |in_vain, seconds| l(40, Some(Learned { from_bytes: 40 << 20, seconds, sealed_bytes: 0, in_vain }));
+        assert!([(1, 10), (2, 20), (3, 40), (40, 600)].into_iter().all(|(n, s)| in_vain(n, s) && !in_vain(n, s - 1)));
         assert!(emptying(10, 320, true) && !emptying(10, 319, true) && emptying(10, 10, false));
         let better = |without, now, new| is_better(&Trial { without, now, new });
         assert!(better(1000, None, 1000) && better(1000, None, 1025) && !better(1000, None, 1026));

@@ -51,6 +51,8 @@ pub(super) struct Trainer {
     /// When the last one was, or this store was opened, the number that segments were sealed with then, and what there
     /// was to learn from.
     last: Option<(Instant, u64, u64)>,
+    /// Trainings in a row that came to nothing while no dictionary is in use. Each learns from other pages.
+    in_vain: u32,
     rest_until: Option<Instant>,
     /// The last one found no memory: even who asks for another waits until then.
     no_memory_until: Option<Instant>,
@@ -62,6 +64,7 @@ impl Trainer {
         let has_one = s.dictionaries.current() != 0;
         Trainer {
             last: has_one.then(|| (Instant::now(), s.segments.next_sequence(), u64::MAX)),
+            in_vain: 0,
             rest_until: None,
             no_memory_until: None,
         }
@@ -88,8 +91,10 @@ impl Trainer {
             return false;
         }
         s.dictionaries.train_now.store(false, Ordering::Relaxed);
-        match learn(s, spare) {
+        match learn(s, spare, self.in_vain as usize) {
             Some(better) => {
+                let has_none = !better && s.dictionaries.current() == 0;
+                self.in_vain = if has_none { self.in_vain.saturating_add(1) } else { 0 };
                 self.last = Some((begun, s.segments.next_sequence(), lesson.stored_bytes));
                 s.dictionaries.refused.fetch_add((!better).into(), Ordering::Relaxed);
             }
@@ -113,6 +118,7 @@ impl Trainer {
                 from_bytes,
                 seconds: (now - then).as_secs(),
                 sealed_bytes: s.segments.next_sequence().saturating_sub(sequence) * segment_bytes,
+                in_vain: self.in_vain,
             }),
         }
     }
@@ -130,13 +136,15 @@ struct Samples {
     known: Vec<u8>,
     /// To judge by.
     judges: Vec<u8>,
+    /// Which pages are taken: others for each other number.
+    choice: usize,
 }
 
 impl Samples {
-    fn new() -> Samples {
+    fn new(choice: usize) -> Samples {
         let judges = SAMPLES.div_ceil(JUDGES);
         let room = |pages| Vec::with_capacity(pages * PAGE_BYTES);
-        Samples { known: room(SAMPLES - judges), judges: room(judges) }
+        Samples { known: room(SAMPLES - judges), judges: room(judges), choice }
     }
 
     fn count(&self) -> usize {
@@ -146,7 +154,7 @@ impl Samples {
     fn take(&mut self, page: &[u8]) {
         match self.count() {
             SAMPLES.. => {}
-            n if n % JUDGES == 0 => self.judges.extend_from_slice(page),
+            n if (n + self.choice) % JUDGES == 0 => self.judges.extend_from_slice(page),
             _ => self.known.extend_from_slice(page),
         }
     }
@@ -161,11 +169,11 @@ fn eligible(s: &Shared) -> impl Iterator<Item = (SegmentId, u32)> + '_ {
 }
 
 /// False: nothing better came of it. None: there is no memory for it at this moment, the host's or the arena's.
-fn learn(s: &Shared, spare: &mut Spare) -> Option<bool> {
+fn learn(s: &Shared, spare: &mut Spare, choice: usize) -> Option<bool> {
     let levels = s.config.dict_levels();
     let Some(&level) = levels.first() else { return Some(false) };
     let mut codec = Codec::new(CodecChoice::Zstd(level), 0);
-    let Samples { known, judges } = samples(s, &mut codec);
+    let Samples { known, judges, .. } = samples(s, &mut codec, choice);
     if known.len() + judges.len() < LEAST_SAMPLES * PAGE_BYTES {
         return Some(false);
     }
@@ -196,8 +204,8 @@ fn compressed(codec: &mut Codec, pages: &[u8], with: Option<&Dictionary>) -> u64
 }
 
 /// Pages of what compresses, as many of each segment.
-fn samples(s: &Shared, codec: &mut Codec) -> Samples {
-    let mut pages = Samples::new();
+fn samples(s: &Shared, codec: &mut Codec, choice: usize) -> Samples {
+    let mut pages = Samples::new(choice);
     let mut group = vec![0; MAX_GROUP * PAGE_BYTES];
     let count = eligible(s).count();
     if count == 0 {
@@ -227,7 +235,7 @@ fn sample(s: &Shared, open: Open, each: usize, codec: &mut Codec, group: &mut [u
     let packed = || records().filter(|(header, _)| header.codec == ZSTD || header.codec == crate::codec::LZ4);
     let every = (packed().count() / each).max(1);
     let with = s.dictionaries.of(open.dictionary).expect("the dictionary of a claimed segment is in use");
-    for (header, record) in packed().step_by(every).take(each) {
+    for (header, record) in packed().skip(pages.choice % every).step_by(every).take(each) {
         let whole = &mut group[..header.pages * PAGE_BYTES];
         let with = if header.pages == 1 { with } else { None };
         let sound = codec.decompress(header.codec, &record[header.bytes()..], whole, with);
