@@ -14,7 +14,7 @@ mkdir -p /sys/fs/cgroup
 mount -t cgroup2 none /sys/fs/cgroup
 echo +memory > /sys/fs/cgroup/cgroup.subtree_control
 mkdir /sys/fs/cgroup/hog
-echo $((hog / 3))M > /sys/fs/cgroup/hog/memory.max
+echo $((hog / 2))M > /sys/fs/cgroup/hog/memory.max
 rc=0
 fail() { echo "FAILED: $*"; rc=1; }
 sectors=$(blockdev --getsz /dev/vda)
