@@ -350,9 +350,11 @@ fn one_that_hangs_or_dies_keeps_nobody_else_from_going_on() {
     assert!(used(&store, "b") > 4 * MIB && stats.refused_writes == 0, "{stats}");
     assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
     server.signal("CONT");
+    // It was away for longer than it is waited for: until it is connected to again, its pages cannot be read.
+    let mut got = vec![0; PAGE];
+    wait_for("taking it back", || lane.read(0, &mut got).is_ok() && !disk(&store, "nbd").failing);
     check(&mut lane, 0..PAGES, 1);
     // What lies there cannot be moved while it is away; all else goes on.
-    wait_for("taking it back", || !disk(&store, "nbd").failing);
     server.kill();
     store.drain_tier(Some("nbd"), true).unwrap();
     write(&mut lane, PAGES..PAGES + PAGES / 2, 1);

@@ -174,9 +174,9 @@ impl Backing {
         Ok(())
     }
 
-    /// Whether it was the one with this identity when it was opened. Waits for nothing, which matters to who takes over.
-    pub fn bore(&self, id: &TierKey) -> bool {
-        self.bore.as_ref() == Some(id)
+    /// What it was when it was opened, if it was a tier. Waits for nothing, which matters to who takes over.
+    pub fn bore(&self) -> Option<TierKey> {
+        self.bore
     }
 
     /// Makes sure that it is the one with this identity.

@@ -71,9 +71,12 @@ impl Medium {
         }
     }
 
-    /// Whether it was that when it was opened, or is now.
+    /// Whether it was that when it was opened or, if it was no tier then, is now.
     pub fn bears(&self, id: &TierKey) -> bool {
-        matches!(self, Medium::Disk(backing) if backing.bore(id)) || self.check(id).is_ok()
+        match self {
+            Medium::Disk(backing) => backing.bore().map_or_else(|| backing.check(id).is_ok(), |own| own == *id),
+            Medium::Remote(remote) => remote.check(id).is_ok(),
+        }
     }
 
     /// Reads all of the buffer from byte `at` on.
