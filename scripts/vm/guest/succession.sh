@@ -40,7 +40,9 @@ while [ $done -lt "$rounds" ]; do
     1) kill -KILL "$supervisor"; hundredths; sleep 1; kill -KILL "$worker"; killed=1 ;;
     2) kill -KILL "$worker"; random 10; sleep "0.0$random"; kill -KILL "$supervisor"; killed=1 ;;
     3) kill -KILL "$supervisor" "$worker"; killed=1 ;;
-    4) kill -KILL "$supervisor" "$(pidof gs-agent)" ;;
+    # The agent first, while the supervisor cannot start another: with a supervisor dead for a moment the agent may
+    # have taken its place, and it would be the second one that is killed.
+    4) kill -STOP "$supervisor"; kill -KILL "$(pidof gs-agent)" "$supervisor" ;;
     esac
     [ $((done % 5)) = 1 ] || hundredths
     began=$now waited=0 value=$supervisor
