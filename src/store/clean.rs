@@ -35,6 +35,8 @@ pub(super) struct Cleaner {
     spare: Spare,
     /// None: whoever takes the steps decides when.
     rest_until: Option<Instant>,
+    /// Something is to be compressed again after that rest.
+    due_again: bool,
 }
 
 impl Cleaner {
@@ -47,6 +49,7 @@ impl Cleaner {
             trainer: Trainer::new(&shared),
             spare,
             rest_until: None,
+            due_again: false,
             shared,
         };
         if cleaner.shared.has_cold() {
@@ -59,7 +62,9 @@ impl Cleaner {
         self.rest_until = Some(Instant::now());
         while !self.shared.stop.load(Ordering::Acquire) {
             if !self.step() {
-                std::thread::park_timeout(NAP);
+                let rest = self.rest_until.filter(|_| self.due_again);
+                let nap = rest.map_or(NAP, |until| until.saturating_duration_since(Instant::now()));
+                std::thread::park_timeout(nap.min(NAP));
             }
         }
         self.close();
@@ -102,20 +107,24 @@ impl Cleaner {
     /// Compresses a segment again, if one is due. True: and there is more to do at once.
     fn compress_again(&mut self) -> bool {
         let shared = self.shared.clone();
+        self.due_again = false;
         if shared.config.cold.is_none() {
             return false;
         }
         let Some(due) = due(&shared) else { return false };
         let begun = Instant::now();
         if !due.more && self.rest_until.is_some_and(|until| begun < until) {
+            self.due_again = true;
             return false;
         }
-        let more = self.recompressor().is_some_and(|recompressor| recompressor.step(&shared, due));
+        let done = self.recompressor().is_some_and(|recompressor| recompressor.segment(&shared, due.segment));
         if let Some(until) = &mut self.rest_until {
             let now = Instant::now();
             *until = now + rest_after(now - begun, shared.cpu_percent());
         }
-        more
+        // What had no room is not tried again at once.
+        self.due_again = done;
+        done && due.more
     }
 
     /// None: there is no tier for that, or no memory at this moment.

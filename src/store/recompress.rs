@@ -45,7 +45,7 @@ impl Live {
 
 /// What is to be compressed again now: the oldest segment that is sealed and not cold.
 pub(super) struct Due {
-    segment: SegmentId,
+    pub segment: SegmentId,
     /// And there is more to do at once: memory is short, or somebody asked.
     pub more: bool,
 }
@@ -130,13 +130,8 @@ impl Recompressor {
         }
     }
 
-    /// Compresses one segment again. True: and there is more to do at once.
-    pub fn step(&mut self, s: &Shared, due: Due) -> bool {
-        self.segment(s, due.segment) && due.more
-    }
-
-    /// False: no room, or somebody was faster. What was not moved stays.
-    fn segment(&mut self, s: &Shared, id: SegmentId) -> bool {
+    /// Compresses one segment again. False: no room, or somebody was faster. What was not moved stays.
+    pub fn segment(&mut self, s: &Shared, id: SegmentId) -> bool {
         let Some(victim) = s.segments.begin_cleaning(&s.arena, id) else { return false };
         self.appender.age_s = Some(s.segments.past(&s.arena, id).0);
         self.appender.place(s, s.segments.placement(&s.arena, id));
