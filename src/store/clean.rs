@@ -111,8 +111,9 @@ impl Cleaner {
         if shared.config.cold.is_none() {
             return false;
         }
-        let Some(due) = due(&shared) else { return false };
+        // To look for it is part of the work: there may be a million segments.
         let begun = Instant::now();
+        let Some(due) = due(&shared) else { return false };
         if !due.more && self.rest_until.is_some_and(|until| begun < until) {
             self.due_again = true;
             return false;

@@ -324,7 +324,7 @@ impl<'a> Supervisor<'a> {
             board.longest_take_over_us.fetch_max(us, Ordering::Relaxed);
         }
         self.pulse.restart();
-        self.active.since = Instant::now();
+        (self.active.since, self.active.live) = (Instant::now(), true);
         self.tiers_hold();
         let mut words = said.splitn(3, ' ');
         let (id, recoverable, path) = (words.next(), words.next(), words.next().unwrap_or(""));
@@ -397,9 +397,9 @@ impl<'a> Supervisor<'a> {
     }
 
     fn take_over(&mut self, why: &str) -> Result<()> {
-        // Not even live again since the last death, which a life would be counted from.
-        let taking_over = self.died.map(|died| died.elapsed());
-        let lived = if taking_over.is_some() { Duration::ZERO } else { self.active.since.elapsed() };
+        // Of one that was killed for hanging the death was noted before it ended.
+        let taking_over = self.died.filter(|_| !self.active.live).map(|died| died.elapsed());
+        let lived = self.active.lived();
         let died = *self.died.get_or_insert_with(Instant::now);
         let Some((id, _)) = self.device else { bail!("the worker {why} before the device was live") };
         if !device::kernel_has(id) {

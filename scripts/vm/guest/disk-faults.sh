@@ -80,6 +80,7 @@ dmsetup resume cold
 sleep 5
 kill -USR1 $hogpid
 hog_ends 0
+[ "$(number requests_failed)" = 0 ] || fail "$(number requests_failed) requests failed"
 ghostswap-ublk status
 
 begin_hog 100000

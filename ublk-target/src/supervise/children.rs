@@ -15,7 +15,7 @@ use std::io::{BufRead, BufReader, Error as OsError, ErrorKind, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// A worker, seen from its supervisor.
 pub struct Worker {
@@ -27,6 +27,8 @@ pub struct Worker {
     pub since: Instant,
     /// It stands by and waits for nothing but its order.
     pub ready: bool,
+    /// It has said that the device is live with it.
+    pub live: bool,
     /// It stands by to find out whether other tiers than those that hold can be had.
     pub trial: bool,
 }
@@ -39,7 +41,17 @@ pub fn ready_count(standbys: &[Worker]) -> usize {
 impl Worker {
     /// Of a process that runs already.
     pub fn new(pid: libc::pid_t, pipe: UnixStream) -> Worker {
-        Worker { pid, pipe: BufReader::with_capacity(512, pipe), since: Instant::now(), ready: false, trial: false }
+        let pipe = BufReader::with_capacity(512, pipe);
+        Worker { pid, pipe, since: Instant::now(), ready: false, live: false, trial: false }
+    }
+
+    /// For how long it has served.
+    pub fn lived(&self) -> Duration {
+        if self.live {
+            self.since.elapsed()
+        } else {
+            Duration::ZERO
+        }
     }
 
     /// What a dead one said had gone wrong, if nobody heard it.

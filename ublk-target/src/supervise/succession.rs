@@ -60,6 +60,8 @@ fn go_on<'a>(add: &'a Add, letter: &Letter) -> Result<(Supervisor<'a>, OwnedFd)>
         }
     }
     let mut supervisor = Supervisor::new(add, arena, shared, feed.map(Source::left), Worker::new(pid, pipe));
+    // It serves, or was ordered to.
+    supervisor.active.live = true;
     supervisor.stranger = stranger;
     supervisor.device = Some((letter.device.0, letter.device.1.clone().into()));
     supervisor.recoverable = letter.recoverable;

@@ -51,6 +51,23 @@ fn a_device_that_was_to_go_and_went_is_no_loss() {
 }
 
 #[test]
+fn who_hangs_has_lived_and_who_never_got_live_has_not() {
+    hearing(|supervisor, mut worker| {
+        assert_eq!(supervisor.active.lived(), Duration::ZERO);
+        worker.write_all(b"live 1 4000000 true /dev/ublkb4000000\n").unwrap();
+        supervisor.hear().unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+        // Killed for hanging: noted at once, though it may take long to end.
+        supervisor.died = Some(Instant::now());
+        assert!(supervisor.active.lived() >= Duration::from_millis(20));
+        let lived = supervisor.active.lived();
+        supervisor.short_lives = CHANCE;
+        supervisor.pause_after(lived + SHORT_LIFE);
+        assert_eq!(supervisor.short_lives, 0, "so its successor is ordered without a pause, however often that was");
+    });
+}
+
+#[test]
 fn tiers_that_nobody_got_live_with_give_way_to_those_before() {
     hearing(|supervisor, _worker| {
         let (shared, list) = (supervisor.shared.clone(), "ram\nblock:/dev/x");
