@@ -61,7 +61,7 @@ impl Standby {
             let segment_bytes = waiting.segment_bytes().unwrap_or(config.segment_bytes as usize);
             Ok((medium, Tools::new(segment_bytes, several)?, Idle::start(&config, "mover")?, None))
         };
-        Ok(Standby {
+        let standby = Standby {
             below: media.into_iter().map(with_tools).collect::<Result<_>>()?,
             waiting,
             spare: Spare::new(),
@@ -69,7 +69,9 @@ impl Standby {
             cleaner: Idle::start(&config, "cleaner")?,
             rehearsed,
             config,
-        })
+        };
+        end_a_thread()?;
+        Ok(standby)
     }
 
     /// Makes sure that the tiers below which the arena, in use by another process, knows can be had by this configuration:
@@ -307,6 +309,15 @@ impl Drop for Idle {
             handle.thread().unpark();
         }
     }
+}
+
+/// The first thread that ends of a process with several has the kernel allocate statistics for all of them, and look for
+/// memory in vain if there is none (`taskstats_tgid_alloc` in kernel/taskstats.c). If that is a thread of a process that was
+/// killed, whoever is to take over waits for it: for seconds, as was seen. So the first one ends beforehand.
+fn end_a_thread() -> Result<()> {
+    let thread = std::thread::Builder::new().name("ghost-first".into()).stack_size(STACK_BYTES).spawn(|| ());
+    // It has nothing to fail at.
+    thread.map(|thread| thread.join().unwrap_or(())).map_err(|_| system("starting a background thread"))
 }
 
 fn lock(desk: &Mutex<Desk>) -> std::sync::MutexGuard<'_, Desk> {
