@@ -142,6 +142,8 @@ impl fmt::Display for CodecChoice {
     }
 }
 
+/// Most lanes of a store.
+pub const MOST_LANES: usize = 1024;
 /// Smallest memory limit: a few segments for writers, two for the cleaner, the map's nodes.
 pub const MIN_LIMIT_BYTES: u64 = 4 << 20;
 
@@ -158,6 +160,8 @@ pub struct StoreConfig {
     pub tiers: Vec<TierConfig>,
     /// Most lanes open at once. Default 16.
     pub max_lanes: usize,
+    /// So many of them are not for [`crate::Volume::lane`] but for [`crate::Volume::helper_lane`]. Default 0.
+    pub helper_lanes: usize,
     /// Called with the thread's name at the start of each background thread, before it does
     /// anything: a front end makes it an IO_FLUSHER there.
     pub thread_start: Option<fn(&str)>,
@@ -177,6 +181,7 @@ impl Default for StoreConfig {
         StoreConfig {
             tiers: Vec::new(),
             max_lanes: 16,
+            helper_lanes: 0,
             thread_start: None,
             tls: None,
             s3: None,
@@ -195,6 +200,7 @@ pub(crate) struct Checked {
     /// Bytes of dictionaries for single pages, 0: none.
     pub dict_bytes: usize,
     pub max_lanes: usize,
+    pub helper_lanes: usize,
     pub segment_bytes: u32,
     /// The user chose `segment_bytes`: an arena with another size is refused.
     pub segment_bytes_given: bool,
@@ -330,8 +336,11 @@ impl StoreConfig {
                 format_size(ram_bytes)
             ));
         }
-        if self.max_lanes == 0 || self.max_lanes > 1024 {
-            return bad(format!("max_lanes={}: from 1 to 1024", self.max_lanes));
+        if self.max_lanes == 0 || self.max_lanes > MOST_LANES {
+            return bad(format!("max_lanes={}: from 1 to {MOST_LANES}", self.max_lanes));
+        }
+        if self.helper_lanes >= self.max_lanes {
+            return bad(format!("helper_lanes={}: fewer than max_lanes={}", self.helper_lanes, self.max_lanes));
         }
         let by_limit = (limit_bytes / 256).next_power_of_two().clamp(64 << 10, 1 << 20) as u32;
         let segment_bytes = self.segment_bytes.unwrap_or(by_limit);
@@ -344,6 +353,7 @@ impl StoreConfig {
             group_pages: tier.group as usize / PAGE_BYTES,
             dict_bytes: tier.dict_bytes(),
             max_lanes: self.max_lanes,
+            helper_lanes: self.helper_lanes,
             segment_bytes,
             segment_bytes_given: self.segment_bytes.is_some(),
             hugetlb: self.hugetlb,

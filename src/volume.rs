@@ -67,6 +67,11 @@ impl Volume {
 
     /// Opens a lane: what one I/O thread reads and writes through.
     pub fn lane(&self) -> Result<Lane> {
-        Lane::open(self.store.clone(), self.id)
+        Lane::open(self.store.clone(), self.id, false)
+    }
+
+    /// Opens one of the lanes that are kept for threads which help others; see [`crate::StoreConfig::helper_lanes`].
+    pub fn helper_lane(&self) -> Result<Lane> {
+        Lane::open(self.store.clone(), self.id, true)
     }
 }

@@ -2,6 +2,7 @@
 
 use crate::export::Exports;
 use crate::handshake::{negotiate, Chosen, Offer};
+use crate::helpers::Pool;
 use crate::proto::Form;
 use crate::tls::Tls;
 use crate::transmission;
@@ -23,7 +24,7 @@ pub struct Said {
 /// From the first byte on.
 pub fn from_handshake(offer: &Offer, input: &[u8]) -> Said {
     held(input, |wire| match negotiate(wire, offer)? {
-        Some(chosen) => transmission::serve(wire, *chosen, transmission::IN_FLIGHT_BYTES, &Work::default()),
+        Some(chosen) => serve(wire, *chosen),
         None => Ok(()),
     })
 }
@@ -35,8 +36,12 @@ pub fn from_requests(offer: &Offer, form: Form, input: &[u8]) -> Said {
         let lane = visit.0.volume.lane().map_err(std::io::Error::other)?;
         let contexts = [form != Form::Simple; 2];
         let chosen = Chosen { lane, visit, form, contexts, client: Vec::new() };
-        transmission::serve(wire, chosen, transmission::IN_FLIGHT_BYTES, &Work::default())
+        serve(wire, chosen)
     })
+}
+
+fn serve(wire: &mut Wire, chosen: Chosen) -> Result<()> {
+    transmission::serve(wire, chosen, transmission::IN_FLIGHT_BYTES, &Work::default(), &Pool::default())
 }
 
 /// An offer of exports as on the command line, without TLS.

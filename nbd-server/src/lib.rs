@@ -3,7 +3,7 @@
 //! `supervise` keeps the arena and the listening sockets, a worker that serves and one that stands by. `control` is the
 //! socket by which exports and `tiers` are listed, added and removed. A connection's way: `listen` accepts it, `server`
 //! counts it and gives it a thread (`crew`), `handshake` agrees on an export and a form of messages, `transmission` answers
-//! requests through one `Lane`. Below them `wire` buffers bytes, in TLS or plain, over any `transport`; `proto` alone knows the layout of
+//! requests through one `Lane`, of large ones through several (`helpers`). Below them `wire` buffers bytes, in TLS or plain, over any `transport`; `proto` alone knows the layout of
 //! messages; it is the library's, whose tiers speak NBD too.
 //!
 //! `connect` is no part of the server: a client that keeps a device of the kernel's nbd driver connected to one.
@@ -18,6 +18,7 @@ pub mod crew;
 pub mod export;
 pub mod fetching;
 pub mod handshake;
+pub mod helpers;
 pub mod listen;
 pub mod notify;
 pub mod parked;

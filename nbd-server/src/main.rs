@@ -7,10 +7,11 @@
 
 use anyhow::{bail, Context, Result};
 use clap::{ArgGroup, Parser, Subcommand, ValueEnum};
-use ghostswap::config::{parse_size, TierSettings};
+use ghostswap::config::{parse_size, TierSettings, MOST_LANES};
 use ghostswap::{create_arena, Standby, StoreConfig, TierConfig};
 use ghostswap_nbd::export::{check_table, ExportConfig, Exports};
 use ghostswap_nbd::handshake::Offer;
+use ghostswap_nbd::helpers::{self, Pool};
 use ghostswap_nbd::server::{Limits, Server};
 use ghostswap_nbd::supervise::{self, Estate, Given, Tables};
 use ghostswap_nbd::tiers::{self, Ledger};
@@ -414,7 +415,10 @@ fn serve(args: &Args, given: Given) -> Result<()> {
         config.max_lanes = lanes.into();
     }
     let connections = args.max_connections.map_or(config.max_lanes + NEGOTIATING, |most| most as usize);
+    let helpers = helpers::threads().min(MOST_LANES - config.max_lanes);
+    (config.max_lanes, config.helper_lanes) = (config.max_lanes + helpers, helpers);
     let mut standby = Standby::new(config, arena)?;
+    let pool = Pool::new(helpers);
     // It may be another program's.
     standby.check()?;
     if trial.is_some() {
@@ -450,7 +454,8 @@ fn serve(args: &Args, given: Given) -> Result<()> {
     let offer =
         Offer { exports: Arc::new(exports), tls, handshake_time: Duration::from_secs(args.handshake_time.into()) };
     let idle_time = args.idle_time.map(|seconds| Duration::from_secs(seconds.into()));
-    let server = Server::new(offer, Limits { connections, idle_time, in_flight_bytes: args.max_in_flight });
+    let limits = Limits { connections, idle_time, in_flight_bytes: args.max_in_flight };
+    let server = Server::new(offer, limits, pool);
     server.serve_at(&listeners, &link.desk)?;
     if args.watchdog > 0 {
         let (server, limit) = (server.clone(), Duration::from_secs(args.watchdog.into()));

@@ -7,6 +7,7 @@
 
 use crate::crew::Crew;
 use crate::handshake::{self, Offer};
+use crate::helpers::Pool;
 use crate::listen::Listener;
 use crate::supervise::Desk;
 use crate::wire::Wire;
@@ -50,6 +51,7 @@ struct Shared {
     connections: Mutex<Connections>,
     one_left: Condvar,
     crew: Crew,
+    helpers: Pool,
 }
 
 struct Open {
@@ -96,9 +98,9 @@ impl Connections {
 }
 
 impl Server {
-    pub fn new(offer: Offer, limits: Limits) -> Server {
+    pub fn new(offer: Offer, limits: Limits, helpers: Pool) -> Server {
         let (connections, one_left, crew) = Default::default();
-        Server(Arc::new(Shared { offer, limits, connections, one_left, crew }))
+        Server(Arc::new(Shared { offer, limits, connections, one_left, crew, helpers }))
     }
 
     /// Serves whoever connects, for as long as the process lives, and says that it does.
@@ -184,7 +186,8 @@ impl Server {
         info!(connection = number, export = chosen.visit.0.name, client = chosen.client.first(), "client connected");
         let Limits { idle_time, in_flight_bytes, .. } = self.0.limits;
         let served = wire.set_idle_time(idle_time);
-        let served = served.and_then(|()| transmission::serve(&mut wire, *chosen, in_flight_bytes, work));
+        let served =
+            served.and_then(|()| transmission::serve(&mut wire, *chosen, in_flight_bytes, work, &self.0.helpers));
         // Its lane is free by now, so that it may take its time.
         match served.and_then(|()| wire.close()) {
             Ok(()) => info!(connection = number, "client left"),

@@ -8,6 +8,7 @@
 use crate::export::Visit;
 use crate::fetching::Fetching;
 use crate::handshake::Chosen;
+use crate::helpers::{self, Helpers, Pool};
 use crate::parked::Parked;
 use crate::proto::{
     chunk, errno, simple_reply, Chunk, Command, Context, Form, Request, EXTENDED_REQUEST_BYTES, FLAG_DF,
@@ -49,7 +50,7 @@ struct Terms {
 /// Serves until the client leaves. Half of `in_flight_bytes` is for writes that wait for room, half for reads that
 /// wait for the disk, so that neither keeps the other waiting. A client that leaves in order is answered all it asked
 /// for; of one that just hangs up, what waits is dropped, since nothing of that was acknowledged.
-pub fn serve(wire: &mut Wire, chosen: Chosen, in_flight_bytes: usize, work: &Work) -> io::Result<()> {
+pub fn serve(wire: &mut Wire, chosen: Chosen, in_flight_bytes: usize, work: &Work, pool: &Pool) -> io::Result<()> {
     wire.widen();
     let terms = Terms {
         volume_bytes: chosen.visit.0.volume.bytes(),
@@ -61,6 +62,7 @@ pub fn serve(wire: &mut Wire, chosen: Chosen, in_flight_bytes: usize, work: &Wor
         wire,
         fetching: Fetching::new(&chosen.lane, in_flight_bytes / 2).map_err(io::Error::other)?,
         lane: chosen.lane,
+        helpers: pool.helpers(),
         visit: chosen.visit,
         terms,
         parked: Parked::new(in_flight_bytes / 2),
@@ -87,6 +89,7 @@ struct Session<'a> {
     fetching: Fetching,
     /// Closed before the export is left.
     lane: Lane,
+    helpers: Helpers,
     visit: Visit,
     terms: Terms,
     parked: Parked,
@@ -103,10 +106,16 @@ impl Session<'_> {
         }
         self.turn = 0;
         self.answer_what_can_be()?;
+        self.helpers.rest();
         while !self.nothing_waits() && !self.wire.wait(self.fetching.news(), self.patience())? {
             self.answer_what_can_be()?;
         }
-        self.wire.at_end().map(|at_end| !at_end)
+        if self.helpers.has_lanes() && !self.wire.wait(None, helpers::IDLE_TIME)? {
+            self.helpers.dismiss();
+        }
+        let at_end = self.wire.at_end()?;
+        self.helpers.go_on();
+        Ok(!at_end)
     }
 
     fn nothing_waits(&self) -> bool {
@@ -198,11 +207,17 @@ impl Session<'_> {
             self.let_one_end()?;
         }
         while left > 0 {
-            let part = portion(offset, left, self.wire.there());
+            let part = match self.helpers.want_all() {
+                true => left.min(SLICE_BYTES),
+                false => portion(offset, left, self.wire.there()),
+            };
             let data = self.wire.take(part)?;
             // What came first has the first claim to room.
             let tried = match (self.parked.is_empty(), is_whole_pages(offset, part as u64)) {
-                (true, true) => self.work.step(|| self.lane.try_write(offset, data)),
+                (true, true) => {
+                    let (helpers, lane, volume) = (&mut self.helpers, &mut self.lane, &self.visit.0.volume);
+                    self.work.step(|| helpers.try_write(lane, volume, offset, data))
+                }
                 // The rest of a page may lie on the disk.
                 (true, false) => self.lane.try_write(offset, data),
                 (false, _) => Ok(0),

@@ -51,8 +51,8 @@ pub struct Lane {
 }
 
 impl Lane {
-    pub(crate) fn open(store: Store, volume: VolumeId) -> Result<Lane> {
-        let index = store.take_lane()?;
+    pub(crate) fn open(store: Store, volume: VolumeId, helps: bool) -> Result<Lane> {
+        let index = store.take_lane(helps)?;
         let s = store.shared();
         let appender = Appender::new(s, kept_by_lanes(&s.config));
         let seen = s.seen().group_pages;
@@ -60,6 +60,11 @@ impl Lane {
         let blocks = s.lower.first().map(|_| Buffer::new(most_bytes(s.config.most_group_pages())));
         let kept = s.lower.first().map(|_| Kept::new());
         Ok(Lane { volume, index, appender, group: group.into(), group_of: None, spent: false, blocks, kept, store })
+    }
+
+    /// What is best written by one lane, and read by one: as many pages as one record was seen to hold.
+    pub fn group_bytes(&self) -> usize {
+        self.group.len().max(PAGE_BYTES)
     }
 
     /// Reads a range; what was never written reads as zeros.

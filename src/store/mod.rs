@@ -437,10 +437,13 @@ impl Store {
         &self.owner.shared
     }
 
-    fn take_lane(&self) -> Result<usize> {
+    fn take_lane(&self, helps: bool) -> Result<usize> {
+        let config = &self.shared().config;
+        let for_all = config.max_lanes - config.helper_lanes;
         let mut lanes = self.shared().lanes.lock().unwrap_or_else(PoisonError::into_inner);
-        let free = lanes.iter().position(|taken| !taken);
-        let index = free.ok_or(Error::TooMany { what: "lanes", max: self.shared().config.max_lanes })?;
+        let (from, until) = if helps { (for_all, config.max_lanes) } else { (0, for_all) };
+        let free = (from..until).find(|index| !lanes[*index]);
+        let index = free.ok_or(Error::TooMany { what: "lanes", max: until - from })?;
         lanes[index] = true;
         Ok(index)
     }

@@ -71,7 +71,7 @@ fn store() -> Store {
 }
 
 fn lane(store: &Store) -> Lane {
-    Lane::open(store.clone(), VolumeId(0)).expect("a lane is free")
+    Lane::open(store.clone(), VolumeId(0), false).expect("a lane is free")
 }
 
 /// Content number `n` of a page; 0 is nothing.

@@ -96,12 +96,12 @@ impl Session<'_> {
         may_wait: bool,
     ) -> io::Result<Put> {
         loop {
-            let Session { wire, lane, fetching, work, .. } = self;
+            let Session { wire, lane, helpers, visit, fetching, work, .. } = self;
             let put = wire.put_filled(head, bytes, |data| {
                 if data.is_empty() {
                     return Ok(());
                 }
-                match work.step(|| lane.read_or_fetch(offset, data)).map_err(Unread::Failed)? {
+                match work.step(|| helpers.read(lane, &visit.0.volume, offset, data)).map_err(Unread::Failed)? {
                     (_, None) => Ok(()),
                     (done, Some(fetch)) if may_wait && fetching.has_room(bytes) => {
                         Err(Unread::Waits(Box::new((Part::new(*request, offset, data.to_vec(), done), fetch))))
