@@ -3,8 +3,9 @@
 //!
 //! Pages do not compress, so that each byte written is a byte on disk. Everything is past the page cache.
 
-use ghostswap::{Buffer, Store, StoreConfig};
+use ghostswap::{Buffer, Lane, Reads, Store, StoreConfig, Taken};
 use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -64,7 +65,8 @@ fn main() {
     let bare = options.read(true).custom_flags(libc::O_DIRECT).open(&path).expect("the tier's file");
     let blocks = BYTES / PAGE as u64;
     let (mut block, mut page) = (Buffer::new(PAGE), vec![0; PAGE]);
-    let (mut bare_us, mut ours_us) = (Vec::new(), Vec::new());
+    let (mut bare_us, mut ours_us, mut ring_us) = (Vec::new(), Vec::new(), Vec::new());
+    let mut reads = Reads::new(&lane, 1).expect("the kernel has io_uring").expect("there is a disk");
     let us = |since: Instant| since.elapsed().as_secs_f64() * 1e6;
     for _ in 0..READS {
         let at = (1 + random.below(blocks)) * PAGE as u64;
@@ -79,15 +81,44 @@ fn main() {
         if store.stats().disk.expect("there is a disk").fetches > fetches {
             ours_us.push(took);
         }
+        let at = random.below((BYTES - (8 << 20)) / PAGE as u64) * PAGE as u64;
+        let since = Instant::now();
+        if read_by_ring(&mut lane, &mut reads, at, &mut page) {
+            ring_us.push(us(since));
+        }
     }
     println!(
-        "read p50: bare {:.1} us, ours {:.1} us, {} reads",
+        "read p50: bare {:.1} us, ours {:.1} us, by a ring {:.1} us, {} reads",
         median(&mut bare_us),
         median(&mut ours_us),
+        median(&mut ring_us),
         ours_us.len()
     );
-    drop((lane, volume, store));
+    drop((reads, lane, volume, store));
     std::fs::remove_file(path).expect("the tier's file");
+}
+
+/// As a connection does it: the ring hands a file's read to a thread of the kernel's. False: the page was in memory.
+#[allow(unsafe_code, reason = "poll")]
+fn read_by_ring(lane: &mut Lane, reads: &mut Reads, at: u64, page: &mut [u8]) -> bool {
+    let (_, needed) = lane.read_or_fetch(at, page).expect("a page that was written");
+    let Some(mut fetch) = needed else { return false };
+    loop {
+        reads.start(fetch.at(), fetch.bytes()).expect("none is under way");
+        let mut ended = loop {
+            if let Some(ended) = reads.ended() {
+                break ended;
+            }
+            let mut news = libc::pollfd { fd: reads.as_fd().as_raw_fd(), events: libc::POLLIN, revents: 0 };
+            // SAFETY: one live entry.
+            unsafe { libc::poll(&mut news, 1, -1) };
+        };
+        ended.result.expect("blocks of the file");
+        match lane.take_fetched(&fetch, &mut ended.buffer, at, page).expect("a page that was written") {
+            Taken::More(more) => fetch = more,
+            Taken::Bytes(_) => return true,
+        }
+    }
 }
 
 fn median(of: &mut [f64]) -> f64 {
