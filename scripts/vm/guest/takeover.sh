@@ -5,7 +5,7 @@
 # Arguments: HOG_MIB, THP (always | never), TIER, ROUNDS, HOW, [ALL]
 #   HOW: kill     SIGKILL at a random moment, 0.2 to 2.2 s after the last
 #        twice    and again 20 to 520 ms later: during or right after the recovery
-#        stop     SIGSTOP, so that the watchdog (5 s here) has to find out
+#        stop     SIGSTOP, so that the watchdog (5 s here) has to find out; 3 s more after another
 #        mixed    one of these at random
 #        crash    it kills itself between two steps of a commit, of cleaning, of recovery or anywhere,
 #                 in turn; ghostswap-ublk is scripts/build-crash's, and TIER so small that it cleans
@@ -57,6 +57,10 @@ while [ $done -lt "$rounds" ]; do
         random 4
         case $random in 0) now=stop ;; 1) now=twice ;; *) now=kill ;; esac
     fi
+    # Ten seconds without a worker but for an instant are a stall, and rightly reported by the kernel as one: between two
+    # that are stopped there is time to get a page.
+    if [ $now = stop ] && [ "${last:-}" = stop ]; then sleep 3; fi
+    last=$now
     if [ $now = stop ]; then
         kill -STOP "$pid" || { echo "worker $pid is gone by itself"; cat /run/ghostswap/ublk0.log; exit 1; }
         stops=$((stops + 1))
