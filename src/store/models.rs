@@ -41,6 +41,7 @@ fn store() -> Store {
         group_pages: 1,
         dict_bytes: 0,
         max_lanes: 3,
+        helper_lanes: 0,
         segment_bytes: 32,
         segment_bytes_given: true,
         hugetlb: false,
