@@ -195,15 +195,15 @@ impl Helpers {
     fn gather(&mut self, volume: &Volume, alone: Duration) -> usize {
         let Some(pool) = self.pool.as_ref().filter(|_| alone >= WORTH) else { return 0 };
         let idle = pool.cpus.saturating_sub(pool.busy.load(Ordering::Relaxed)).min(MOST_LANES);
-        while self.lanes.len() < idle && pool.has_memory() {
+        while self.lanes.len() < idle {
             let take = |left: usize| left.checked_sub(1);
             if pool.lanes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_err() {
                 break;
             }
-            match volume.helper_lane() {
-                Ok(lane) => self.lanes.push(lane),
+            match pool.has_memory().then(|| volume.helper_lane()) {
+                Some(Ok(lane)) => self.lanes.push(lane),
                 // It goes without, and tries again with the next.
-                Err(_) => {
+                _ => {
                     pool.lanes.fetch_add(1, Ordering::Relaxed);
                     break;
                 }
