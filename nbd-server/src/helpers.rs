@@ -179,7 +179,12 @@ impl Helpers {
         if done == len {
             return Ok(done);
         }
-        own.try_write(offset + done as u64, &data[done..]).map(|more| done + more)
+        let written = own.try_write(offset + done as u64, &data[done..]).map(|more| done + more);
+        // Without room nobody else is to keep a segment open, which cannot be cleaned.
+        if !written.as_ref().is_ok_and(|written| *written == len) {
+            self.dismiss();
+        }
+        written
     }
 
     /// Whether more of a write is better than soon: it will be shared.
