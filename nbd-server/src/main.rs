@@ -198,8 +198,8 @@ enum TierCommand {
 
 /// What `tier set` can set.
 const SETTABLE: &str = "\
-ram   limit, high, low; codec, group: clients have to connect again
-cold  limit, idle, cpu; codec, group: clients have to connect again
+ram   limit, high, low; codec, group, dict: clients have to connect again
+cold  limit, idle, cpu; codec, group, dict: clients have to connect again
 disk  timeout, connections, ca, cert, key, credentials, profile: likewise; of several tiers below memory each by its
       name in tier list";
 

@@ -15,8 +15,8 @@ pub const VERSION: &str = match option_env!("GHOSTSWAP_VERSION") {
 
 /// What `tier set` can set.
 const SETTABLE: &str = "\
-ram   limit, high, low; codec, group: by a take-over
-cold  limit, idle, cpu; codec, group: by a take-over
+ram   limit, high, low; codec, group, dict: by a take-over
+cold  limit, idle, cpu; codec, group, dict: by a take-over
 disk  by a take-over: timeout, connections, ca, cert, key, credentials, profile; of several tiers below memory each by
       its name in tier list";
 

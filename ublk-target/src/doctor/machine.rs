@@ -17,7 +17,7 @@ pub fn kernel(release: &str, features: Option<u64>) -> Check {
         Some((..=6, _)) => Check::warn(
             NAME,
             format!("{release}: before 7.0 a swap area of the full 16T costs the kernel up to 12.7 GB of memory"),
-            "take a smaller --size: 64G costs 49 MB",
+            "swap to it by windows, as --swapon does; as one area (--swapon=whole) take a smaller --size: 64G costs 49 MB",
         ),
         Some(_) => Check::ok(NAME, release),
     }
@@ -144,7 +144,7 @@ pub fn zram(swaps: &str) -> Check {
     let paths: Vec<&str> = zrams.iter().map(|zram| zram.path).collect();
     let order = match highest {
         0..=32766 if device.is_none_or(|device| device.priority <= highest) => {
-            format!(", or give the device a priority above {highest} with swapon -p")
+            format!(", or give the device a priority above {highest} with --priority")
         }
         _ => ": one compressed store is enough".into(),
     };
