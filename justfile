@@ -27,6 +27,10 @@ loom *ARGS:
 tsan *ARGS:
     scripts/tsan {{ARGS}}
 
+# What Miri can run
+miri:
+    scripts/miri
+
 # The main job in a guest
 vm *ARGS:
     ./scripts/quickstart {{ARGS}}
