@@ -415,10 +415,12 @@ fn serve(args: &Args, given: Given) -> Result<()> {
         config.max_lanes = lanes.into();
     }
     let connections = args.max_connections.map_or(config.max_lanes + NEGOTIATING, |most| most as usize);
-    let helpers = helpers::threads().min(MOST_LANES - config.max_lanes);
+    let cpus = helpers::cpus();
+    let helpers = helpers::threads(cpus).min(MOST_LANES - config.max_lanes);
     (config.max_lanes, config.helper_lanes) = (config.max_lanes + helpers, helpers);
+    // Beforehand, so that it takes nothing of the memory that is kept for opening.
+    let pool = Pool::new(helpers, cpus);
     let mut standby = Standby::new(config, arena)?;
-    let pool = Pool::new(helpers);
     // It may be another program's.
     standby.check()?;
     if trial.is_some() {

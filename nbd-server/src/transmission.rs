@@ -1,4 +1,4 @@
-//! Requests of one client, through one lane: in order, but for writes that wait for room (`parked`) and reads that
+//! Requests of one client, through its lane (a large one through those of others beside it, `helpers`): in order, but for writes that wait for room (`parked`) and reads that
 //! wait for the disk (`fetching`). What comes after those is answered before them.
 //!
 //! A request's data passes in slices, so a connection's memory does not depend on what is asked.
@@ -21,7 +21,7 @@ use ghostswap::{Error, Lane, PAGE_BYTES};
 use rustix::event::{PollFd, PollFlags};
 use std::io::{self, ErrorKind};
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 mod reads;
 
@@ -110,12 +110,14 @@ impl Session<'_> {
         while !self.nothing_waits() && !self.wire.wait(self.fetching.news(), self.patience())? {
             self.answer_what_can_be()?;
         }
-        if self.helpers.has_lanes() && !self.wire.wait(None, helpers::IDLE_TIME)? {
-            self.helpers.dismiss();
+        let since = Instant::now();
+        while self.helpers.has_lanes() && !self.wire.wait(None, helpers::IDLE_TIME)? {
+            // What came may have been part of a record of TLS.
+            if since.elapsed() >= helpers::IDLE_TIME {
+                self.helpers.dismiss();
+            }
         }
-        let at_end = self.wire.at_end()?;
-        self.helpers.go_on();
-        Ok(!at_end)
+        Ok(!self.wire.at_end()?)
     }
 
     fn nothing_waits(&self) -> bool {
@@ -207,7 +209,7 @@ impl Session<'_> {
             self.let_one_end()?;
         }
         while left > 0 {
-            let part = match self.helpers.want_all() {
+            let part = match self.helpers.want_all(offset, left.min(SLICE_BYTES)) {
                 true => left.min(SLICE_BYTES),
                 false => portion(offset, left, self.wire.there()),
             };
@@ -222,6 +224,9 @@ impl Session<'_> {
                 (true, false) => self.lane.try_write(offset, data),
                 (false, _) => Ok(0),
             };
+            if tried.as_ref().is_ok_and(|done| *done < part) {
+                self.helpers.no_room();
+            }
             let written = match tried {
                 Ok(done) if done < part && self.parked.has_room(left - done) => {
                     let mut rest = Vec::with_capacity(left - done);

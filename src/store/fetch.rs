@@ -17,7 +17,7 @@
 
 use super::{Lane, Shared};
 use crate::error::{Error, Result};
-use crate::io::{At, Source, BLOCK_BYTES};
+use crate::io::{At, Buffer, Source, BLOCK_BYTES};
 use crate::log::record::{most_total, Header, GROUP_HEADER};
 use crate::log::segment::{record_of, Below};
 use crate::map::{Kind, Slot, Stored};
@@ -303,7 +303,9 @@ impl Lane {
     pub(super) fn fetch_now(&mut self, mut fetch: Fetch, offset: u64, buf: &mut [u8]) -> Result<usize> {
         let s = self.store.shared().clone();
         let lower = tier_of(&s, &fetch);
-        let mut blocks = self.blocks.take().expect("a lane of a store with a disk tier has room for a fetch");
+        // One that helps has none until it does this.
+        let room = || Buffer::new(most_bytes(s.config.most_group_pages()));
+        let mut blocks = self.blocks.take().unwrap_or_else(room);
         let taken = loop {
             if let Err(source) = read(lower, &fetch, &mut blocks) {
                 if self.still_there(&fetch, fetch.page) != Some(fetch.word) {

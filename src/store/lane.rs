@@ -57,13 +57,20 @@ impl Lane {
         let appender = Appender::new(s, kept_by_lanes(&s.config));
         let seen = s.seen().group_pages;
         let group = vec![0xa5; if seen > 1 { seen * PAGE_BYTES } else { 0 }];
-        let blocks = s.lower.first().map(|_| Buffer::new(most_bytes(s.config.most_group_pages())));
-        let kept = s.lower.first().map(|_| Kept::new());
+        // Whoever is helped reads from disk, as a rule.
+        let lower = s.lower.first().filter(|_| !helps);
+        let blocks = lower.map(|_| Buffer::new(most_bytes(s.config.most_group_pages())));
+        let kept = lower.map(|_| Kept::new());
         Ok(Lane { volume, index, appender, group: group.into(), group_of: None, spent: false, blocks, kept, store })
     }
 
-    /// What is best written by one lane, and read by one: as many pages as one record was seen to hold.
+    /// What is best written by one lane: as many pages as one record may hold.
     pub fn group_bytes(&self) -> usize {
+        self.store.shared().config.group_pages * PAGE_BYTES
+    }
+
+    /// What is best read by one lane: as many pages as one record was seen to hold, by whomever it was made.
+    pub fn seen_group_bytes(&self) -> usize {
         self.group.len().max(PAGE_BYTES)
     }
 

@@ -236,10 +236,12 @@ fn dictionary_bytes(config: &Checked, waiting: &Waiting) -> usize {
 fn rehearse(config: &Checked, waiting: &Waiting, extents: u32) -> (usize, usize) {
     // Of each lane and of those who clean, compress again and move: what a record is made in, and what a group is
     // decoded to.
+    // Lanes that help are opened where there is memory to spare.
+    let lanes = config.max_lanes - config.helper_lanes;
     let others = 5 + 2 * config.below.len().max(1);
-    let room = vec![0xa5u8; (2 * config.max_lanes + others) * config.group_pages_seen * PAGE_BYTES];
+    let room = vec![0xa5u8; (2 * lanes + others) * config.group_pages_seen * PAGE_BYTES];
     // And what each lane keeps of what it fetched.
-    let kept = vec![0xa5u8; if config.below.is_empty() { 0 } else { config.max_lanes * RING_BYTES }];
+    let kept = vec![0xa5u8; if config.below.is_empty() { 0 } else { lanes * RING_BYTES }];
     // There are such pages: the one who makes them is made at once.
     let again = config.cold.filter(|cold| config.codecs_seen & cold.codec.bit() != 0);
     let again = again.map(|cold| Codec::new(cold.codec, config.codecs_seen));
@@ -248,7 +250,7 @@ fn rehearse(config: &Checked, waiting: &Waiting, extents: u32) -> (usize, usize)
     let lists = vec![0xa5u8; heap_bytes([frames, segments, meta])];
     let of_dictionaries = dictionary_bytes(config, waiting);
     let dictionaries = vec![0xa5u8; of_dictionaries];
-    let codecs: Vec<Codec> = (0..=config.max_lanes).map(|_| Codec::new(config.codec, config.codecs_seen)).collect();
+    let codecs: Vec<Codec> = (0..=lanes).map(|_| Codec::new(config.codec, config.codecs_seen)).collect();
     drop(std::hint::black_box((lists, room, kept, again, codecs, dictionaries)));
     (segments, of_dictionaries)
 }

@@ -326,9 +326,9 @@ fn with_cleaning(s: &Shared, of: impl Fn(&SegmentId) -> bool) -> u64 {
     live + live / 8
 }
 
-/// Metadata, and what lanes leave to others.
+/// Metadata, and what lanes leave to others; those that help are given up where there is no room.
 fn fixed(s: &Shared) -> u64 {
     let metadata = u64::from(s.held_meta.load(Ordering::Relaxed)) * crate::PAGE_BYTES as u64;
-    let frames = u64::from(grow::least_reserve(&s.config)) + s.config.max_lanes as u64;
+    let frames = u64::from(grow::least_reserve(&s.config)) + (s.config.max_lanes - s.config.helper_lanes) as u64;
     metadata + frames * s.arena.segment_bytes() as u64
 }
