@@ -81,6 +81,44 @@ fn leave(mut client: Raw) {
 }
 
 #[test]
+fn an_export_whose_requests_were_shared_can_be_removed() {
+    let server = Server::start_with_control("shared", &["--export", "a,size=16M", "--export", "b,size=1M"]);
+    let mut state = 1u32;
+    let content: Vec<u8> = std::iter::repeat_with(|| {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 24 & 0x1f) as u8
+    })
+    .take(128 << 10)
+    .collect();
+    for turn in 0..3 {
+        let mut client = server.client(b"a");
+        for n in 0..128 {
+            client.request(0, 1, n << 17, 128 << 10, &content);
+            assert_eq!(client.errno(), 0);
+        }
+        for n in 0..128 {
+            client.request(0, 0, n << 17, 128 << 10, b"");
+            assert_eq!(client.errno(), 0);
+            assert!(client.take(128 << 10) == content, "{turn}, {n}");
+        }
+        server.refuses(&["remove", "a"], 1, "has clients");
+        if turn == 1 {
+            drop(client);
+        } else {
+            leave(client);
+        }
+        let end = Instant::now() + Duration::from_secs(10);
+        while !server.exports(&["remove", "a"]).status.success() {
+            assert!(Instant::now() < end, "its client has left");
+        }
+        server.does(&["add", "a,size=16M"]);
+        let mut client = server.client(b"a");
+        assert!(reads(&mut client, 0));
+        leave(client);
+    }
+}
+
+#[test]
 fn exports_are_added_and_removed_while_others_are_served() {
     let server = Server::start_with_control("exports", &["--export", "a,size=1M"]);
     let mut first = server.client(b"a");

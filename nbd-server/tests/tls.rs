@@ -308,3 +308,16 @@ fn reads_overtake_writes_that_wait_for_room_in_tls_too() {
         .env("PATH", "/usr/bin:/bin"));
     server.end();
 }
+
+#[test]
+fn large_requests_are_shared_in_tls_too() {
+    let certificates = Certificates::make("large", &[]);
+    let more = ["--export", "a,size=64M", "--tier", "ram,limit=128M,codec=zstd:1"];
+    let server = start("tls-large", &certificates.server(&more));
+    let script = format!("{}/tests/nbdsh/large.py", env!("CARGO_MANIFEST_DIR"));
+    run(Command::new("nbdsh")
+        .args(["-n", "-c", &std::fs::read_to_string(script).unwrap()])
+        .env("URI", secure_uri(&server, "a", &certificates.nobody()))
+        .env("PATH", "/usr/bin:/bin"));
+    server.end();
+}
