@@ -479,7 +479,8 @@ mod tests {
             }
         };
         assert!(matches!(why, ghostswap::Error::OverQuota { .. }) && helpers.has_lanes(), "{why}");
-        assert!((3 << 20..=4 << 20).contains(&at), "{at}");
+        // Each lane may exceed it by sixteen pages.
+        assert!((3 << 20..=(4 << 20) + (1 + THREADS) * 16 * PAGE_BYTES).contains(&at), "{at}");
         let mut read = vec![0; at];
         own.read(0, &mut read).unwrap();
         assert!(read == data[..at]);
