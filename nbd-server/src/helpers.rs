@@ -148,7 +148,19 @@ impl Helpers {
         offset: u64,
         data: &mut [u8],
     ) -> Result<(usize, Option<Fetch>)> {
-        let _busy = self.pool.clone().map(|pool| Busy::new(pool, 1));
+        self.enter();
+        let read = self.read_within(own, volume, offset, data);
+        self.leave();
+        read
+    }
+
+    fn read_within(
+        &mut self,
+        own: &mut Lane,
+        volume: &Volume,
+        offset: u64,
+        data: &mut [u8],
+    ) -> Result<(usize, Option<Fetch>)> {
         let len = data.len();
         if !self.may_share(offset, len) {
             return own.read_or_fetch(offset, data);
@@ -178,7 +190,13 @@ impl Helpers {
     /// As [`Lane::try_write`], by several lanes where that pays. What was written of it beyond what is said to be done is
     /// written again.
     pub fn try_write(&mut self, own: &mut Lane, volume: &Volume, offset: u64, data: &[u8]) -> Result<usize> {
-        let _busy = self.pool.clone().map(|pool| Busy::new(pool, 1));
+        self.enter();
+        let written = self.write_within(own, volume, offset, data);
+        self.leave();
+        written
+    }
+
+    fn write_within(&mut self, own: &mut Lane, volume: &Volume, offset: u64, data: &[u8]) -> Result<usize> {
         let len = data.len();
         if !self.may_share(offset, len) {
             return own.try_write(offset, data);
@@ -202,6 +220,19 @@ impl Helpers {
             return Ok(done);
         }
         own.try_write(offset + done as u64, &data[done..]).map(|more| done + more)
+    }
+
+    /// The connection's thread is in the store.
+    fn enter(&self) {
+        if let Some(pool) = &self.pool {
+            pool.busy.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn leave(&self) {
+        if let Some(pool) = &self.pool {
+            pool.busy.fetch_sub(1, Ordering::Relaxed);
+        }
     }
 
     /// Whether more of a write is better than soon: it will be shared.
@@ -276,7 +307,7 @@ impl Helpers {
             bytes
         };
         self.waits = 0;
-        let _busy = Busy::new(pool.clone(), count);
+        pool.busy.fetch_add(count, Ordering::Relaxed);
         let begun = Instant::now();
         let own_part = pool.threads.in_place_scope(|scope| {
             let work = &work;
@@ -295,6 +326,7 @@ impl Helpers {
             }
             part
         });
+        pool.busy.fetch_sub(count, Ordering::Relaxed);
         let mut pace = Pace::default();
         pace.note(own_part.0, own_part.1);
         self.judge(own_part.0 > 0 && begun.elapsed() > pace.of(all));
@@ -340,22 +372,6 @@ impl Helpers {
 impl Drop for Helpers {
     fn drop(&mut self) {
         self.dismiss();
-    }
-}
-
-/// So many threads are in the store.
-struct Busy(Arc<Shared>, usize);
-
-impl Busy {
-    fn new(pool: Arc<Shared>, threads: usize) -> Busy {
-        pool.busy.fetch_add(threads, Ordering::Relaxed);
-        Busy(pool, threads)
-    }
-}
-
-impl Drop for Busy {
-    fn drop(&mut self) {
-        self.0.busy.fetch_sub(self.1, Ordering::Relaxed);
     }
 }
 
@@ -531,19 +547,19 @@ mod tests {
         let shared = pool.0.clone().unwrap();
         let lanes = || shared.lanes.load(Ordering::Relaxed);
         let mut helpers = pool.helpers();
-        let own = Busy::new(shared.clone(), 1);
-        let others = Busy::new(shared.clone(), THREADS - 1);
+        let others: Vec<Helpers> = (1..THREADS).map(|_| pool.helpers()).collect();
+        helpers.enter();
+        others.iter().for_each(Helpers::enter);
         for turn in 0..10 {
             let count = usize::from(turn >= WORTH_A_LANE - 1);
             assert_eq!((helpers.gather(&volume, WORTH, 8), lanes()), (count, THREADS - count), "turn {turn}");
         }
         assert_eq!(helpers.gather(&volume, WORTH, 1), 0, "there is one piece");
         assert_eq!(helpers.gather(&volume, WORTH / 2, 8), 0, "it is done sooner alone");
-        {
-            let _all = Busy::new(shared.clone(), 1);
-            assert_eq!(helpers.gather(&volume, WORTH, 8), 0, "every CPU is busy");
-        }
-        drop(others);
+        others[0].enter();
+        assert_eq!(helpers.gather(&volume, WORTH, 8), 0, "every CPU is busy");
+        others[0].leave();
+        others.iter().for_each(Helpers::leave);
         helpers.urge();
         assert_eq!(helpers.gather(&volume, WORTH, 2), 1, "two pieces are for two");
         for count in 2..=THREADS {
@@ -561,7 +577,8 @@ mod tests {
         assert_eq!(late.gather(&volume, WORTH, 8), 0, "help did not help");
         late.alone = 0;
         assert!(late.gather(&volume, WORTH, 8) > 0);
-        drop((helpers, late, own));
+        helpers.leave();
+        drop((helpers, late));
         assert_eq!((shared.busy.load(Ordering::Relaxed), lanes()), (0, THREADS));
         let lanes: Vec<Lane> = (0..4).map(|_| volume.lane().unwrap()).collect();
         assert!(volume.lane().is_err() && volume.helper_lane().is_ok(), "{} lanes are for all", lanes.len());

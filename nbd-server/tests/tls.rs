@@ -298,23 +298,19 @@ fn bad_certificates_and_usage_end_with_one_line() {
 
 #[test]
 fn reads_overtake_writes_that_wait_for_room_in_tls_too() {
-    let certificates = Certificates::make("room", &[]);
-    let more = ["--export", "a,size=64M", "--tier", "ram,limit=24M,codec=lz4"];
-    let server = start("tls-room", &certificates.server(&more));
-    let script = format!("{}/tests/nbdsh/room.py", env!("CARGO_MANIFEST_DIR"));
-    run(Command::new("nbdsh")
-        .args(["-n", "-c", &std::fs::read_to_string(script).unwrap()])
-        .env("URI", secure_uri(&server, "a", &certificates.nobody()))
-        .env("PATH", "/usr/bin:/bin"));
-    server.end();
+    run_in_tls("room", "ram,limit=24M,codec=lz4");
 }
 
 #[test]
 fn large_requests_are_shared_in_tls_too() {
-    let certificates = Certificates::make("large", &[]);
-    let more = ["--export", "a,size=64M", "--tier", "ram,limit=128M,codec=zstd:1"];
-    let server = start("tls-large", &certificates.server(&more));
-    let script = format!("{}/tests/nbdsh/large.py", env!("CARGO_MANIFEST_DIR"));
+    run_in_tls("large", "ram,limit=128M,codec=zstd:1");
+}
+
+/// Has nbdsh run that script on an export of 64 MiB of a store with that tier.
+fn run_in_tls(name: &str, tier: &str) {
+    let certificates = Certificates::make(name, &[]);
+    let server = start(&format!("tls-{name}"), &certificates.server(&["--export", "a,size=64M", "--tier", tier]));
+    let script = format!("{}/tests/nbdsh/{name}.py", env!("CARGO_MANIFEST_DIR"));
     run(Command::new("nbdsh")
         .args(["-n", "-c", &std::fs::read_to_string(script).unwrap()])
         .env("URI", secure_uri(&server, "a", &certificates.nobody()))
